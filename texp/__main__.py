@@ -1,0 +1,16 @@
+"""The command `texp`, also `python -m texp`."""
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line; says in one line what to install where its libraries are missing."""
+    try:
+        from texp.cli import run
+    except ModuleNotFoundError as error:
+        sys.exit(f"texp: the command line needs {error.name}; install it with: pip install 'texp[demo]'")
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""texp.SGD: groups, state, checkpoints. The arithmetic of a step is in `texp.theory` (scalars) and in the
+backends (tensors).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+
+from texp import backends, theory
+from texp.reference import Entry
+from texp.theory import KEEP, Hyperparameters, Row, Scale
+
+
+class SGD(torch.optim.Optimizer):
+    r"""SGD with momentum, a drop-in for :class:`torch.optim.SGD`, that can train scale-invariant parameters in
+    the exponential form of Li & Arora (ICLR 2020): without weight decay, with a learning rate that grows at
+    every step, and through exactly the same functions.
+
+    Args:
+        params: parameters, named parameters or groups, as for any torch optimizer.
+        lr: learning rate η; a float, or a tensor of one element. In a scale-invariant group too this is the
+            ordinary LR, so that any torch scheduler works unchanged. Default 1e-3.
+        momentum: γ, default 0.
+        dampening: τ, default 0.
+        weight_decay: λ, an L2 penalty as in torch, default 0.
+        nesterov: Nesterov momentum, default False. Needs momentum > 0 and no dampening.
+        maximize: go up the gradient instead of down, default False.
+        foreach: for the reference backend, whether to batch tensors; None, the default, where it pays.
+        differentiable: let autograd see the step, which is then torch's own. Default False; not for
+            scale-invariant groups.
+        fused: accepted for compatibility; native backends are fused in any case. Default None.
+        scale_invariant: the loss must not change when all parameters of the group are multiplied by the same
+            number c > 0. Their weight decay is then traded for a growing LR. Default False; usually set per
+            group.
+        backend: "reference", "cpu", "cuda" or "triton"; None, the default, takes the best one available. One
+            that is named never falls back.
+        capturable: keep schedule state on the device, for CUDA graphs. Default False.
+
+    In a scale-invariant group the parameters hold Pθ, where θ are the weights that torch.optim.SGD would hold,
+    and the momentum buffers (v − κθ)/P; `group["scale"]` is P, kept in [1, 2), `group["carried_decay"]` is κ.
+    The functions computed are the same; :meth:`fold` turns the weights into θ themselves. Any group can become
+    scale-invariant at any step (set ``group["scale_invariant"] = True``), and an ordinary one again by
+    :meth:`fold` and setting it to False. ``group["norm_stats"]`` lists pairs (buffer, power): running statistics
+    of norm layers that are to be multiplied by the change of P^power at each step.
+
+    A step modifies in place: parameters, momentum buffers, norm_stats. It never writes to a gradient. Under a
+    GradScaler it unscales the gradients while reading them; where the scaler found an inf or a NaN, nothing at
+    all is changed and :attr:`step_was_skipped` is True.
+
+    Raises, before anything is changed: ValueError for hyperparameters that are negative or not finite and for
+    combinations that torch refuses; RuntimeError for a backend that is not available, and for sparse gradients
+    with weight decay unless the group is scale-invariant and without momentum.
+    """
+
+    # Whether the last step() changed nothing because a GradScaler had found an inf or a NaN.
+    step_was_skipped: bool = False
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        scale_invariant: bool = False,
+        backend: str | None = None,
+        capturable: bool = False,
+    ) -> None:
+        # The errors of torch.optim.SGD, in its order and words; NaN and infinity, which it lets pass, are refused.
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        for what, value in (
+            ("learning rate", lr),
+            ("momentum value", momentum),
+            ("weight_decay value", weight_decay),
+        ):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"Invalid {what}: {value}")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if differentiable and backend not in (None, "reference"):
+            raise RuntimeError(f"backend={backend!r} was requested, but a differentiable step is torch's own")
+        backends.choose(backend)
+        self._backend = backend
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "maximize": maximize,
+                "foreach": foreach,
+                "differentiable": differentiable,
+                "fused": fused,
+                "scale_invariant": scale_invariant,
+                "capturable": capturable,
+            },
+        )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asks a GradScaler for `grad_scale` and `found_inf` instead of unscaled gradients."""
+        return not self.defaults["differentiable"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; see torch.optim.Optimizer.add_param_group.
+
+        Raises ValueError for hyperparameters that texp.SGD itself would refuse; the optimizer is then unchanged.
+        """
+        if isinstance(param_group, dict):
+            values = {**self.defaults, **_SCALE_KEYS, "norm_stats": [], **param_group}
+            _hyperparameters(values).check()
+            _check_scale(values)
+            _check_norm_stats(values["norm_stats"])
+            if values["scale_invariant"] and self.defaults["differentiable"]:
+                raise ValueError("a scale_invariant group cannot be differentiable: its scale is not on the tape")
+            if values["capturable"]:
+                backends.check_capturable()
+            param_group = {**param_group, **{key: values[key] for key in (*_SCALE_KEYS, "norm_stats")}}
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns what the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        self.step_was_skipped = found_inf is not None and bool(found_inf)
+        if self.step_was_skipped:
+            return loss
+        if self.defaults["differentiable"]:
+            self._differentiable_step()
+        else:
+            self._step()
+        return loss
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        grad_scale = getattr(self, "grad_scale", None)
+        apply = backends.choose(self._backend)
+        # All of the step is planned before any of it is done: an error leaves everything as it was.
+        plans = [
+            self._plan(index, group, 1.0 if grad_scale is None else float(grad_scale))
+            for index, group in enumerate(self.param_groups)
+            if any(p.grad is not None for p in group["params"])
+        ]
+        for plan in plans:
+            for row, entries in plan.work:
+                apply(row, entries, foreach=plan.group["foreach"])
+            for param, buf in plan.new_bufs:
+                self.state[param]["momentum_buffer"] = buf
+            _set_scale(plan.group, plan.scale)
+
+    def _plan(self, index: int, group: dict[str, Any], grad_scale: float) -> "_Plan":
+        hyper = _hyperparameters(group)
+        entries = [Entry(p, p.grad, self._buf(p)) for p in group["params"]]
+        try:
+            step = theory.advance(_scale(group), hyper, first=_all_first(entries), grad_scale=grad_scale)
+        except ValueError as error:
+            raise ValueError(f"parameter group {index}: {error}") from None
+        work: dict[Row, list[Entry]] = {}
+        new_bufs = []
+        for entry in entries:
+            if entry.grad is None:
+                row = step.idle
+            elif entry.buf is None and hyper.momentum != 0:
+                row = step.first
+                entry = entry._replace(buf=_empty_buf(entry))
+                new_bufs.append((entry.param, entry.buf))
+            else:
+                row = step.running
+            if any(x is not None and x.layout != torch.strided for x in entry):
+                _check_sparse(index, hyper, row)
+            work.setdefault(row, []).append(entry)
+        for stat, power in group["norm_stats"]:
+            work.setdefault(step.norm_stat(power), []).append(Entry(stat))
+        for nothing in (KEEP, Row()):
+            work.pop(nothing, None)
+        return _Plan(group, step.scale, list(work.items()), new_bufs)
+
+    @torch.enable_grad()
+    def _differentiable_step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            bufs = [self._buf(p) for p in params]
+            torch_sgd(
+                params,
+                [p.grad for p in params],
+                bufs,
+                has_sparse_grad=any(p.grad.is_sparse for p in params),
+                foreach=False,
+                fused=False,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+            )
+            if group["momentum"] != 0:
+                for param, buf in zip(params, bufs, strict=True):
+                    self.state[param]["momentum_buffer"] = buf
+
+    def _buf(self, param: Tensor) -> Tensor | None:
+        return self.state[param].get("momentum_buffer") if param in self.state else None
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Turns every scale-invariant group into the weights θ and momentum v that torch.optim.SGD would hold.
+
+        Parameters, momentum buffers and norm_stats are modified in place (one rounding each); the scale starts
+        again at P = 1, κ = 0. Training can go on, in the same form or as an ordinary group.
+        """
+        apply = backends.choose(self._backend)
+        for group in self.param_groups:
+            scale = _scale(group)
+            if (scale.P, scale.kappa) != (1.0, 0.0):
+                entries = [Entry(p, buf=self._buf(p)) for p in group["params"]]
+                apply(theory.fold_row(scale), entries, foreach=group["foreach"])
+                for stat, power in group["norm_stats"]:
+                    apply(Row(s_p=scale.P**-power), [Entry(stat)])
+            _set_scale(group, Scale())
+
+    def log10_lr(self) -> list[float]:
+        """log10 of the paper's learning rate η̃ of the next step, one float a group (η̃ itself leaves the range
+        of a float in long runs). For an ordinary group, log10 of its LR; −inf where the LR is 0.
+        """
+        return [
+            theory.log10_lr(
+                _scale(group),
+                _hyperparameters(group),
+                first=_all_first([Entry(p, buf=self._buf(p)) for p in group["params"]]),
+            )
+            for group in self.param_groups
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any torch optimizer's, with P and κ among the groups' options; norm_stats belong to the model and
+        are left out. torch.optim.SGD can load it after :meth:`fold`.
+        """
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group.pop("norm_stats", None)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state of a texp.SGD or of a torch.optim.SGD, at any step of a run.
+
+        Momentum buffers keep the dtype in which they were saved. A state dict of torch.optim.SGD leaves the
+        groups' `scale_invariant` as it is and starts at P = 1, κ = 0. The groups' norm_stats and `capturable` are
+        never replaced.
+
+        Raises ValueError where groups, shapes or scales do not fit; the optimizer is then unchanged.
+        """
+        norm_stats = [group["norm_stats"] for group in self.param_groups]
+        # Registered last, it sees what other hooks made of the state dict.
+        hook = self.register_load_state_dict_pre_hook(_prepare_loading)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        for group, stats in zip(self.param_groups, norm_stats, strict=True):
+            group["norm_stats"] = stats
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called when unpickled, and by torch's load_state_dict."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in (*_TORCH_DEFAULTS.items(), *_SCALE_KEYS.items()):
+                group.setdefault(key, value)
+        for param, values in self.state.items():
+            if isinstance(buf := values.get("momentum_buffer"), _AsSaved):
+                values["momentum_buffer"] = buf.tensor.to(param.device)
+
+
+class _Plan(NamedTuple):
+    """What one step does to one group."""
+
+    group: dict[str, Any]
+    scale: Scale  # after the step
+    work: list[tuple[Row, list[Entry]]]
+    new_bufs: list[tuple[Tensor, Tensor]]
+
+
+class _AsSaved:
+    """Carries a tensor past torch's load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+# What groups saved by older versions of torch.optim.SGD may lack.
+_TORCH_DEFAULTS = {"nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "fused": None}
+
+# The scale of a group, as it stands in the group and in state dicts.
+_SCALE_KEYS = {"scale": 1.0, "scale_exponent": 0, "carried_decay": 0.0}
+
+
+def _scale(group: dict[str, Any]) -> Scale:
+    return Scale(*(group[key] for key in _SCALE_KEYS))
+
+
+def _set_scale(group: dict[str, Any], scale: Scale) -> None:
+    group.update(zip(_SCALE_KEYS, scale, strict=True))
+
+
+def _hyperparameters(group: dict[str, Any]) -> Hyperparameters:
+    numbers = ("lr", "momentum", "dampening", "weight_decay")
+    flags = ("nesterov", "maximize", "scale_invariant")
+    return Hyperparameters(
+        **{key: group[key].item() if isinstance(group[key], Tensor) else float(group[key]) for key in numbers},
+        **{key: bool(group[key]) for key in flags},
+    )
+
+
+def _all_first(entries: list[Entry]) -> bool:
+    return all(entry.buf is None for entry in entries)
+
+
+def _empty_buf(entry: Entry) -> Tensor:
+    dense = entry.grad.layout == torch.strided
+    return torch.zeros_like(entry.param if dense else entry.grad)
+
+
+def _check_scale(group: dict[str, Any]) -> None:
+    P, exponent, kappa = _scale(group)
+    theory.check_non_negative(scale=P, carried_decay=kappa)
+    if not 1 <= P < 2 or exponent != int(exponent):
+        raise ValueError(f"scale must be in [1, 2) and scale_exponent an integer, got {P} and {exponent}")
+
+
+def _check_norm_stats(norm_stats: Any) -> None:
+    for stat in norm_stats:
+        if not (isinstance(stat, tuple) and len(stat) == 2 and isinstance(stat[0], Tensor)):
+            raise ValueError(f"norm_stats must be a list of pairs (tensor, power of the scale), got {stat!r}")
+
+
+def _check_sparse(index: int, hyper: Hyperparameters, row: Row) -> None:
+    if hyper.weight_decay != 0 and not (hyper.scale_invariant and hyper.momentum == 0):
+        raise RuntimeError(
+            f"parameter group {index}: sparse gradients with weight_decay = {hyper.weight_decay} need a "
+            "scale_invariant group without momentum (torch.optim.SGD refuses them altogether); an ordinary decay "
+            "would have to touch every row of the parameter"
+        )
+    if row.a_p != 0 or row.c_p != 0:
+        raise RuntimeError(
+            f"parameter group {index}: with sparse gradients lr·weight_decay must be at most {1 - theory.ALPHA_MIN} "
+            f"and no decay may be carried in the momentum, got lr = {hyper.lr}, weight_decay = {hyper.weight_decay}"
+        )
+
+
+def _prepare_loading(optimizer: SGD, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Checks a state dict, fills in what torch.optim.SGD does not save, and keeps the dtypes of buffers."""
+    groups, state = [], dict(state_dict["state"])
+    for index, saved in enumerate(state_dict["param_groups"]):
+        saved = dict(saved)
+        groups.append(saved)
+        if index >= len(optimizer.param_groups):
+            continue  # the base class has the error for this
+        group = optimizer.param_groups[index]
+        if not _SCALE_KEYS.keys() <= saved.keys():
+            saved.update(_SCALE_KEYS, scale_invariant=group["scale_invariant"])
+        saved["capturable"] = group["capturable"]  # how the step runs here is not part of a run's state
+        _check_scale(saved)
+        for key, param in zip(saved["params"], group["params"], strict=False):
+            buf = state.get(key, {}).get("momentum_buffer")
+            if buf is None:
+                continue
+            if buf.shape != param.shape:
+                raise ValueError(
+                    f"loaded state dict has a momentum buffer of shape {tuple(buf.shape)} for a parameter of shape "
+                    f"{tuple(param.shape)} (number {key} of the state dict)"
+                )
+            state[key] = {**state[key], "momentum_buffer": _AsSaved(buf)}
+    return {**state_dict, "state": state, "param_groups": groups}

@@ -1,0 +1,105 @@
+"""A row applied in plain torch: any device, any dtype. This is the definition that the other backends are
+tested against, so it is written to read like the four equations of `texp.theory.Row`.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from texp.theory import Row
+
+
+class Entry(NamedTuple):
+    """One tensor in a step. `param` and `buf` are modified in place, `grad` is read only."""
+
+    param: Tensor
+    grad: Tensor | None = None  # None: taken as 0
+    buf: Tensor | None = None  # None: taken as 0 and not written
+
+
+@torch.no_grad()
+def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None) -> None:
+    """Applies `row` to each entry; params and bufs are modified in place.
+
+    Arithmetic is in float32, or in the parameter's own dtype where that is wider, and is rounded once to the
+    dtypes of param and buf. Sparse grads and bufs are allowed where a_p = c_p = 0; then rows of a param that
+    have no gradient are not touched, unless s_p ≠ 1.
+
+    Args:
+        foreach: batch the tensors of each device and dtype, which saves kernel launches and needs memory for
+            temporaries of all of them. None: where all are plain tensors on an accelerator, as in torch.optim.
+    """
+    entries = list(entries)
+    if foreach is None:
+        foreach = all(type(e.param) in _PLAIN and e.param.device.type != "cpu" for e in entries)
+    for batch in _batches(entries) if foreach else ([entry] for entry in entries):
+        _apply(row, batch)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _batches(entries: list[Entry]) -> Iterable[list[Entry]]:
+    """Entries of one kind together: device, dtypes, dense or sparse, which of grad and buf are there."""
+    batches: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        kind = tuple(None if x is None else (type(x), x.device, x.dtype, x.layout) for x in entry)
+        batches.setdefault(kind, []).append(entry)
+    return batches.values()
+
+
+def _apply(row: Row, batch: list[Entry]) -> None:
+    params, grads, bufs = (None if xs[0] is None else list(xs) for xs in zip(*batch, strict=True))
+    dtype = torch.promote_types(params[0].dtype, torch.float32)
+    p, g, b = (_term(xs, dtype) for xs in (params, grads, bufs))
+
+    # The innermost sums come first, as in torch.optim.SGD: grad + λp, and only then the buffer.
+    u = _sum(row.a_b, b, 1.0, _sum(row.a_g, g, row.a_p, p))
+    d = _sum(1.0, _sum(row.c_g, g, row.c_p, p), row.c_u, u)
+    b_next = _sum(row.r_u, u, row.r_d, d)
+    if row.s_p == 1:
+        # In place, so that a sparse d costs no more than its own rows.
+        if b_next is not None and b_next.tensors is p.tensors:
+            b_next = _Term(1.0, torch._foreach_mul(b_next.tensors, b_next.scalar))
+        if d is not None:
+            torch._foreach_add_(p.tensors, d.tensors, alpha=-row.e * d.scalar)
+        p_next = p
+    else:
+        p_next = _sum(row.s_p, p, -row.e, d)
+    _write(params, p_next)
+    if bufs is not None:
+        _write(bufs, b_next)
+
+
+class _Term(NamedTuple):
+    """A scalar times each of some tensors, not multiplied yet. In its place, None is 0."""
+
+    scalar: float
+    tensors: list[Tensor]
+
+
+def _term(tensors: list[Tensor] | None, dtype: torch.dtype) -> _Term | None:
+    return None if tensors is None else _Term(1.0, [x.to(dtype) for x in tensors])
+
+
+def _sum(x: float, a: _Term | None, y: float, b: _Term | None) -> _Term | None:
+    """x·a + y·b"""
+    a, b = (None if term is None or s == 0 else term._replace(scalar=s * term.scalar) for s, term in ((x, a), (y, b)))
+    if a is None or b is None:
+        return a or b
+    return _Term(1.0, torch._foreach_add(_product(a), b.tensors, alpha=b.scalar))
+
+
+def _product(term: _Term) -> list[Tensor]:
+    return term.tensors if term.scalar == 1 else torch._foreach_mul(term.tensors, term.scalar)
+
+
+def _write(destination: list[Tensor], term: _Term | None) -> None:
+    if term is None:
+        torch._foreach_zero_(destination)
+        return
+    values = _product(term)
+    if values[0] is not destination[0]:
+        torch._foreach_copy_(destination, values)
