@@ -59,10 +59,11 @@ def _apply(row: Row, batch: list[Entry]) -> None:
     u = _sum(row.a_b, b, 1.0, _sum(row.a_g, g, row.a_p, p))
     d = _sum(1.0, _sum(row.c_g, g, row.c_p, p), row.c_u, u)
     b_next = _sum(row.r_u, u, row.r_d, d)
+    if b_next is not None and b_next.tensors is p.tensors:
+        # p changes before b is written.
+        b_next = _Term(1.0, torch._foreach_mul(b_next.tensors, b_next.scalar))
     if row.s_p == 1:
         # In place, so that a sparse d costs no more than its own rows.
-        if b_next is not None and b_next.tensors is p.tensors:
-            b_next = _Term(1.0, torch._foreach_mul(b_next.tensors, b_next.scalar))
         if d is not None:
             torch._foreach_add_(p.tensors, d.tensors, alpha=-row.e * d.scalar)
         p_next = p

@@ -1,0 +1,60 @@
+"""What every test module shares: the backends to test, each on its devices, and small scale-invariant networks."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import texp
+
+# The tensors here are tiny: a second thread would only be waited for.
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend on a device."""
+
+    backend: str
+    device: str
+
+    def sgd(self, params, **arguments) -> texp.SGD:
+        return texp.SGD(params, backend=self.backend, **arguments)
+
+
+DEVICES = {"reference": ("cpu", "cuda")}
+
+
+def targets() -> list:
+    """Every backend on every device that it serves; those that cannot run here are skipped with the reason."""
+    params = []
+    reasons = texp.backends.available()
+    for backend, devices in DEVICES.items():
+        for device in devices:
+            marks = []
+            if device == "cuda":
+                marks.append(pytest.mark.gpu)
+                marks.append(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+            if reasons[backend] != "ok":
+                marks.append(pytest.mark.skip(reason=reasons[backend]))
+            params.append(pytest.param(Target(backend, device), id=f"{backend}-{device}", marks=marks))
+    return params
+
+
+@pytest.fixture(params=targets())
+def target(request) -> Target:
+    return request.param
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64."""
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in shape, dtype and every bit of every element."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    a, b = (x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (a, b))
+    return torch.equal(a, b)

@@ -1,0 +1,151 @@
+"""texp.reference against the four equations of a row, evaluated in float64 one operation at a time."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import same_bits
+from texp.reference import Entry, apply
+from texp.theory import KEEP, Row
+
+ORDINARY = Row(a_b=0.9, a_g=1.0, a_p=0.01, c_u=1.0, e=0.1, r_u=1.0)
+EXPONENTIAL = Row(a_b=0.9, a_g=0.7, a_p=0.002, c_u=0.9, c_g=1.0, c_p=0.003, s_p=0.5, e=0.06, r_u=1.98, r_d=0.001)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64]
+
+SHAPES = {
+    "0-dim": lambda make: make(()),
+    "empty": lambda make: make((3, 0)),
+    "odd": lambda make: make((7, 5)),
+    "transposed": lambda make: make((6, 9)).t(),
+    "every other": lambda make: make((20,))[::2],
+    "misaligned": lambda make: make((33,))[1:],
+    "channels last": lambda make: make((2, 3, 4, 5)).to(memory_format=torch.channels_last),
+}
+
+
+def definition(row: Row, p, g, b):
+    u = row.a_b * b + row.a_g * g + row.a_p * p
+    d = row.c_u * u + row.c_g * g + row.c_p * p
+    return row.s_p * p - row.e * d, row.r_u * u + row.r_d * d
+
+
+def bounds(row: Row, p, g, b, dtype: torch.dtype):
+    """How far p and b may be from the definition: each of the seven products and six sums rounds at most once,
+    and each scalar once, in the dtype of the arithmetic; each error is at most half an ulp of the sum of the
+    absolute values. Then one rounding to the dtype of the tensor."""
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    positive = Row(*map(abs, row))
+    size_p, size_b = definition(positive._replace(e=-positive.e), p.abs(), g.abs(), b.abs())
+    # The smallest subnormal is the floor of what a rounding can be wrong by.
+    own, floor = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return ((10 * eps + own / 2) * size + floor for size in (size_p, size_b))
+
+
+def check(row, p, g, b, *, dtype=None, **arguments):
+    wide = torch.complex128 if p.is_complex() else torch.float64
+    before = [x.to(wide) for x in (p, g, b)]
+    g_before = g.clone()
+    expected = definition(row, *before)
+    within = bounds(row, *before, dtype or p.dtype)
+    apply(row, [Entry(p, g, b)], **arguments)
+    for actual, value, bound in zip((p, b), expected, within, strict=True):
+        assert ((actual.to(wide) - value).abs() <= bound).all()
+    assert same_bits(g, g_before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("row", [ORDINARY, EXPONENTIAL], ids=["ordinary", "exponential"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_every_dtype_and_shape(dtype, shape, row, foreach):
+    generator = torch.Generator().manual_seed(1)
+    p, g, b = (SHAPES[shape](lambda size: torch.randn(size, generator=generator, dtype=dtype)) for _ in "pgb")
+    check(row, p, g, b, foreach=foreach)
+
+
+def test_a_wider_buffer_and_grad_strides_that_differ():
+    p = torch.randn(8, 6).bfloat16()
+    check(EXPONENTIAL, p, torch.randn(6, 8).bfloat16().t(), torch.randn(8, 6), dtype=torch.bfloat16)
+
+
+scalars = st.sampled_from([0.0, 1.0, -1.0, 0.5, 0.3])
+
+
+@given(row=st.builds(Row, *[scalars] * 10), scale=st.sampled_from([1.0, 0.5]))
+def test_any_row(row, scale):
+    """Also those with zeros and ones in unusual places, where operands could be mistaken for results."""
+    row = row._replace(s_p=scale)
+    p, g, b = torch.randn(3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    check(row, p, g, b)
+
+
+@given(row=st.builds(Row, *[scalars] * 10), missing=st.sampled_from(["grad", "buf", "both"]))
+def test_a_missing_grad_or_buffer_is_zero(row, missing):
+    p, g, b = torch.randn(3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    g = None if missing != "buf" else g
+    b = None if missing != "grad" else b
+    zero = torch.zeros_like(p)
+    expected_p, expected_b = definition(row, p, zero if g is None else g, zero if b is None else b)
+    apply(row, [Entry(p, g, b)])
+    assert torch.allclose(p, expected_p, rtol=0, atol=1e-14)
+    if b is not None:
+        assert torch.allclose(b, expected_b, rtol=0, atol=1e-14)
+
+
+def test_an_operand_whose_scalar_is_zero_is_not_read():
+    p, b = torch.ones(3), torch.full((3,), torch.nan)
+    apply(Row(a_g=1.0, c_u=1.0, e=1.0, r_u=1.0), [Entry(p, torch.ones(3), b)])
+    assert torch.equal(p, torch.zeros(3))
+    assert torch.equal(b, torch.ones(3))
+
+
+def test_one_rounding_to_the_dtype_of_the_parameter():
+    """bf16 arithmetic would round at each of the four lines: here p is the nearest bf16 to the float32 result."""
+    p, g, b = (torch.randn(1000).bfloat16() for _ in "pgb")
+    wide = [x.float() for x in (p, g, b)]
+    apply(EXPONENTIAL, [Entry(p, g, b)])
+    apply(EXPONENTIAL, [Entry(wide[0], wide[1], wide[2])])
+    assert same_bits(p, wide[0].bfloat16())
+    assert same_bits(b, wide[2].bfloat16())
+
+
+def test_a_batch_of_mixed_kinds_is_the_same_as_one_by_one():
+    def entries():
+        generator = torch.Generator().manual_seed(4)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for size in ((), (0,), (5,), (3, 4)):
+                p, g, b = (torch.randn(size, generator=generator).to(dtype) for _ in "pgb")
+                yield from (Entry(p, g, b), Entry(p.clone(), g), Entry(p.clone(), g, b.float().clone()))
+
+    one_by_one, batched = list(entries()), list(entries())
+    apply(EXPONENTIAL, one_by_one, foreach=False)
+    apply(EXPONENTIAL, batched, foreach=True)
+    for a, b in zip(one_by_one, batched, strict=True):
+        assert all((x is None and y is None) or same_bits(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_version_counters_are_bumped():
+    p, b = torch.ones(3), torch.ones(3)
+    versions = p._version, b._version
+    apply(ORDINARY, [Entry(p, torch.ones(3), b)])
+    assert p._version > versions[0]
+    assert b._version > versions[1]
+
+
+def test_rows_of_a_table_without_a_gradient_keep_their_bits():
+    p = torch.randn(6, 3)
+    before = p.clone()
+    g = torch.sparse_coo_tensor([[1, 4, 1]], torch.ones(3, 3), (6, 3), check_invariants=True)
+    apply(Row(c_g=1.0, e=0.5), [Entry(p, g)])
+    untouched = [0, 2, 3, 5]
+    assert same_bits(p[untouched], before[untouched])
+    assert torch.allclose(p[[1, 4]], before[[1, 4]] - torch.tensor([[1.0], [0.5]]))
+
+
+def test_keep_keeps():
+    p, b = torch.randn(5).bfloat16(), torch.randn(5)
+    before = p.clone(), b.clone()
+    apply(KEEP, [Entry(p, None, b)])
+    assert same_bits(p, before[0])
+    assert same_bits(b, before[1])
