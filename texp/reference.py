@@ -102,5 +102,10 @@ def _write(destination: list[Tensor], term: _Term | None) -> None:
         torch._foreach_zero_(destination)
         return
     values = _product(term)
-    if values[0] is not destination[0]:
+    if values[0] is destination[0]:
+        return
+    if type(destination[0]) in _PLAIN:
         torch._foreach_copy_(destination, values)
+    else:
+        for x, value in zip(destination, values, strict=True):  # DTensor has no foreach copy
+            x.copy_(value)
