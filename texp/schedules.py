@@ -44,7 +44,7 @@ class TEXP(LRScheduler):
     ) -> None:
         for index, group in enumerate(optimizer.param_groups):
             _check_group(index, group)
-        self.milestones = [int(milestone) for milestone in milestones]
+        self.milestones = list(milestones)
         self.gamma = gamma
         self.instant_decay = instant_decay
         self.taper = taper

@@ -292,7 +292,7 @@ def texp_phases(
     if lr == 0 or gamma == 0:
         raise ValueError(f"lr and gamma must be greater than 0, got lr = {lr} and gamma = {gamma}")
     phases: list[Phase] = []
-    for index, start in enumerate([0, *milestones]):
+    for index, start in enumerate([0, *map(int, milestones)]):
         phase_lr = lr * gamma**index
         alpha = alpha_star(phase_lr if taper else lr, weight_decay, momentum)
         if not phases:

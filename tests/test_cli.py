@@ -1,0 +1,107 @@
+"""The commands, run as their users would."""
+
+import csv
+import math
+import subprocess
+import sys
+
+import pytest
+
+from texp.cli import run
+
+
+def test_info(capsys):
+    assert run(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("texp", "torch", "python", "backend reference", "ok", "backend cuda", "no C++ core"):
+        assert word in out
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "texp", "info"], capture_output=True, text=True, check=True)
+    assert "backend reference" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_demo(tmp_path, capsys):
+    """Short, but all of it: the exponential run must be the SGD run, and TEXP must not be far from it."""
+    plot, steps = tmp_path / "demo.png", tmp_path / "demo.csv"
+    assert run(["demo", "--epochs", "4", "--plot", str(plot), "--csv", str(steps)]) == 0
+    out = capsys.readouterr().out
+    assert str(plot) in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    runs: dict[str, list[dict]] = {}
+    for row in csv.DictReader(steps.read_text().splitlines()):
+        runs.setdefault(row["run"], []).append(row)
+    sgd, exponential, texp = runs.values()
+    assert len(sgd) == 44
+    for a, b, c in zip(sgd, exponential, texp, strict=True):
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-9)
+        assert float(c["loss"]) == pytest.approx(float(a["loss"]), rel=0.1)
+        # ‖θ̃‖²/η̃ = P²‖θ‖²/(P²η/α), and α is within 1 % of 1 here.
+        assert float(b["norm2_over_lr"]) == pytest.approx(float(a["norm2_over_lr"]), rel=0.01)
+    assert float(exponential[-1]["log10_lr"]) > float(sgd[-1]["log10_lr"])
+    assert float(sgd[-1]["loss"]) < 0.5 * float(sgd[0]["loss"])
+
+
+PAPER = ["schedule", "--lr", "0.1", "--weight-decay", "5e-4", "--momentum", "0.9"]
+PAPER += ["--milestones", "80,120", "--gamma", "0.1", "--epochs", "160", "--steps-per-epoch", "391"]
+
+
+def test_the_schedule_of_the_paper(tmp_path, capsys):
+    plot, steps = tmp_path / "schedule.png", tmp_path / "schedule.csv"
+    assert run([*PAPER, "--csv", str(steps), "--plot", str(plot)]) == 0
+    out = capsys.readouterr().out
+    assert "0.99949773" in out
+    assert "1.4812" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader(steps.read_text().splitlines()))
+    assert len(rows) == 160 * 391
+    growth = float(rows[391]["log10_texp_lr"]) - float(rows[0]["log10_texp_lr"])
+    assert 10**growth == pytest.approx(1.4812, abs=5e-5)
+    last = rows[-1]
+    assert float(last["lr"]) == pytest.approx(0.001)
+    # They differ by the momentum corrections, of the start and of two phase changes, and no more.
+    assert float(last["log10_exact_lr"]) == pytest.approx(float(last["log10_texp_lr"]), abs=0.01)
+    assert math.isfinite(float(last["log10_exact_lr"]))
+
+
+ERRORS = {
+    "no such command": (["train"], "train"),
+    "missing option": (["schedule", "--lr", "0.1"], "--weight-decay"),
+    "not a number": (["schedule", "--lr", "much", "--weight-decay", "5e-4"], "--lr"),
+    "outside the range": (["schedule", "--lr", "0.1", "--weight-decay", "0.1"], "outside the theorem's range"),
+    "milestones": ([*PAPER, "--milestones", "80;120"], "separated by commas; got 80;120"),
+    "milestones after the end": ([*PAPER, "--milestones", "80,200"], "between 0 and --epochs 160"),
+    "milestones out of order": ([*PAPER, "--milestones", "120,80"], "ascending"),
+    "too few epochs": (["demo", "--epochs", "1"], "epochs"),
+    "no folder": (["demo", "--plot", "no/such/folder/demo.png"], "its folder does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_arguments_get_one_line_and_exit_code_2(case, capsys):
+    arguments, message = ERRORS[case]
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("texp: ")
+    assert message in captured.err
+
+
+def test_without_the_libraries_of_the_command_line(monkeypatch, capsys):
+    from texp.__main__ import main
+
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "texp.cli")
+    with pytest.raises(SystemExit, match=r"^texp: the command line needs typer; .* pip install 'texp\[demo\]'$"):
+        main()
+
+
+def test_without_the_libraries_of_the_demo(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert run(["demo"]) == 1
+    assert capsys.readouterr().err == (
+        "texp: this command needs sklearn.datasets; install it with: pip install 'texp[demo]'\n"
+    )
