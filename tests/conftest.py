@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import hypothesis
 import pytest
 import torch
 
@@ -9,6 +10,11 @@ import texp
 
 # The tensors here are tiny: a second thread would only be waited for.
 torch.set_num_threads(1)
+
+# The same examples everywhere, however slow the machine; `--hypothesis-profile=search` looks for new ones.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 
 @dataclass(frozen=True)
