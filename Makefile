@@ -4,7 +4,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.texp-ready
+
+ifneq ($(words $(VENV)),1)
+$(error VENV must name one folder, without spaces; got '$(VENV)')
+endif
+
+# Kept in this checkout, one an environment: set up again when that changes or when what is installed does.
+READY := .ready-$(subst /,-,$(VENV))
 
 .PHONY: demo test lint clean
 
@@ -18,13 +24,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# torch is installed by its exact version, and only where none is there: a range could fetch gigabytes.
+# torch is installed by its exact version, and only where there is none that is new enough: a range, like that of the
+# package itself, would fetch the newest.
 $(READY): setup.py pyproject.toml Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install "torch==2.13.0"
-	$(BIN)/pip install "setuptools>=70.1"
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch; assert torch.__version__ >= (2, 6)" 2>/dev/null || $(BIN)/pip install "torch==2.13.0"
+	$(BIN)/pip install "setuptools>=77"
 	$(BIN)/pip install --no-build-isolation -e ".[demo,test]"
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .ready* build dist *.egg-info

@@ -1,4 +1,4 @@
-"""What every test module shares: the backends to test, each on its devices, and small scale-invariant networks."""
+"""What every test module shares: the backends to test, each on its devices, and how tensors are compared."""
 
 from dataclasses import dataclass
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import subprocess
 import sys
 
@@ -66,28 +67,66 @@ def test_the_schedule_of_the_paper(tmp_path, capsys):
     assert math.isfinite(float(last["log10_exact_lr"]))
 
 
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_the_schedule_fits_the_terminal(width, monkeypatch, capsys):
+    from texp import cli
+
+    monkeypatch.setattr(cli, "_console", lambda: cli.Console(width=width))
+    assert run(PAPER) == 0
+    out = capsys.readouterr().out
+    for figure in ("0.99949773", "0.99999500", "1.00100530", "12.6497", "11.3974"):
+        assert figure in out
+
+
+def test_a_long_schedule_without_every_step(capsys):
+    assert run([*PAPER, "--epochs", "100000000000", "--steps-per-epoch", "1000000"]) == 0
+    assert "10^436.3" in capsys.readouterr().out
+
+
+def test_an_output_that_breaks_off(monkeypatch, capsys):
+    from texp import cli
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(cli.Console, "print", full)
+    assert run(PAPER) == 1
+    assert capsys.readouterr().err == "texp: No space left on device\n"
+
+
 ERRORS = {
     "no such command": (["train"], "train"),
     "missing option": (["schedule", "--lr", "0.1"], "--weight-decay"),
     "not a number": (["schedule", "--lr", "much", "--weight-decay", "5e-4"], "--lr"),
     "outside the range": (["schedule", "--lr", "0.1", "--weight-decay", "0.1"], "outside the theorem's range"),
     "milestones": ([*PAPER, "--milestones", "80;120"], "separated by commas; got 80;120"),
-    "milestones after the end": ([*PAPER, "--milestones", "80,200"], "between 0 and --epochs 160"),
-    "milestones out of order": ([*PAPER, "--milestones", "120,80"], "ascending"),
+    "milestones after the end": ([*PAPER, "--milestones", "80,200"], "above 0 to below --epochs 160, got 80,200"),
+    "milestones out of order": ([*PAPER, "--milestones", "120,80"], "must ascend .* got 120,80"),
+    "lr 0": (["schedule", "--lr", "0", "--weight-decay", "5e-4"], "lr and gamma must be greater than 0"),
+    "momentum 1": ([*PAPER, "--momentum", "1"], "momentum must be less than 1"),
+    "tiny gamma": ([*PAPER, "--gamma", "1e-200"], "too small for a float"),
+    "too many steps": ([*PAPER, "--epochs", "100000000", "--csv", "x.csv"], "at most 10000000 steps"),
+    "no command": ([], "no command given"),
+    "huge seed": (["demo", "--seed", str(2**70)], "--seed"),
+    "no figure": (["demo", "--plot", "demo.xyz"], "must end in .png or .pdf or .svg"),
+    "a folder": ([*PAPER, "--csv", "."], "cannot write .: Is a directory"),
     "too few epochs": (["demo", "--epochs", "1"], "epochs"),
-    "no folder": (["demo", "--plot", "no/such/folder/demo.png"], "its folder does not exist"),
+    "no folder": (["demo", "--plot", "no/such/folder/demo.png"], "No such file or directory"),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_bad_arguments_get_one_line_and_exit_code_2(case, capsys):
+def test_bad_arguments_get_one_line_and_exit_code_2(case, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     arguments, message = ERRORS[case]
     assert run(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
+    if arguments:
+        assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("texp: ")
-    assert message in captured.err
+    assert re.search(message, captured.err)
 
 
 def test_without_the_libraries_of_the_command_line(monkeypatch, capsys):
@@ -95,7 +134,7 @@ def test_without_the_libraries_of_the_command_line(monkeypatch, capsys):
 
     monkeypatch.setitem(sys.modules, "typer", None)
     monkeypatch.delitem(sys.modules, "texp.cli")
-    with pytest.raises(SystemExit, match=r"^texp: the command line needs typer; .* pip install 'texp\[demo\]'$"):
+    with pytest.raises(SystemExit, match=r'needs typer: install texp with the extra "demo"'):
         main()
 
 
@@ -103,5 +142,5 @@ def test_without_the_libraries_of_the_demo(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert run(["demo"]) == 1
     assert capsys.readouterr().err == (
-        "texp: this command needs sklearn.datasets; install it with: pip install 'texp[demo]'\n"
+        'texp: this command needs scikit-learn: install texp with the extra "demo", as in pip install ".[demo]"\n'
     )

@@ -1,6 +1,7 @@
 """Ordinary groups of texp.SGD against torch.optim.SGD(foreach=False)."""
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -81,9 +82,15 @@ def test_one_step(target, case, dtype):
     assert ((actual[1] - expected[1]).abs() <= 3.5 * eps * buffer).all()
 
 
-LRS = {"constant": lambda t: 0.1, "decaying": lambda t: 0.1 * 0.99**t, "warm-up from 0": lambda t: 0.002 * min(t, 50)}
+LRS = {
+    "constant": lambda t: 0.1,
+    "step": lambda t: 0.1 * 0.1 ** (t // 100),
+    "cosine": lambda t: 0.05 * (1 + math.cos(math.pi * t / 250)),
+    "warm-up from 0": lambda t: 0.002 * min(t, 50),
+}
+MOMENTA = {"none": lambda t: 0.0, "fixed": lambda t: 0.9, "changing": lambda t: (0.9, 0.5, 0.0, 0.8)[t // 70]}
 
-BLENDS = list(itertools.product([0.0, 0.9], [0.0, 0.3], [False, True]))
+BLENDS = list(itertools.product(MOMENTA, [0.0, 0.3], [False, True]))
 
 
 @pytest.mark.parametrize("lr", LRS)
@@ -95,7 +102,7 @@ def test_250_steps(target, momentum, dampening, nesterov, lr):
     def train(make) -> nn.Module:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double().to(target.device)
-        optimizer = make(model.parameters(), lr=0.1, momentum=momentum, weight_decay=1e-3)
+        optimizer = make(model.parameters(), lr=0.1, weight_decay=1e-3)
         optimizer.param_groups[0].update(dampening=dampening, nesterov=nesterov)
         generator = torch.Generator().manual_seed(1)
         for t in range(250):
@@ -104,7 +111,7 @@ def test_250_steps(target, momentum, dampening, nesterov, lr):
             mse_loss(model(x), x[:, :2] * x[:, 2:4]).backward()
             if t % 7 == 3 or t < 5:
                 model[0].weight.grad = None
-            optimizer.param_groups[0]["lr"] = LRS[lr](t)
+            optimizer.param_groups[0].update(lr=LRS[lr](t), momentum=MOMENTA[momentum](t))
             optimizer.step()
         return model
 

@@ -58,7 +58,7 @@ def losses(optimizer, model, schedule=None, steps: int = 250) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize(("momentum", "dampening"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.3)])
+@pytest.mark.parametrize(("momentum", "dampening"), [(0.0, 0.0), (0.0, 0.3), (0.9, 0.0), (0.9, 0.3)])
 def test_exp_is_sgd_with_weight_decay_that_starts_at_its_equilibrium(momentum, dampening):
     """The main theorem, exact: SGD whose buffer holds its equilibrium share κθ of the weights, ηκ = 1/α − 1, and
     plain SGD with an empty buffer under EXP. Without momentum that is SGD from its very beginning."""
@@ -150,6 +150,7 @@ def test_a_run_is_resumed_from_bytes_that_load_with_weights_only():
 ERRORS = {
     "weight decay": (sgd(weight_decay=0.1), {}, r"group 0 has weight_decay = 0\.1: the schedule replaces"),
     "nesterov": (sgd(nesterov=True), {}, "group 0 has nesterov=True"),
+    "dampening": (sgd(dampening=1.5), {}, r"group 0 has dampening = 1\.5: it must be from 0 to 1"),
     "milestones": (sgd(), {"milestones": [5, 3]}, r"ascending .* got \[5, 3\]"),
     "half a milestone": (sgd(), {"milestones": [2.5]}, r"ascending .* got \[2\.5\]"),
     "range": (sgd(), {"weight_decay": 0.1}, "outside the theorem's range"),

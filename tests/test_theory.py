@@ -133,12 +133,47 @@ def test_a_million_steps_stay_in_range_and_agree_with_exact_arithmetic():
 def test_the_fastest_growth_there_is():
     """Decay so strong that every step is limited to α = 1/2: P doubles, exactly."""
     scale = Scale()
-    hyper = Hyperparameters(1.0, 0.9, weight_decay=10.0, scale_invariant=True)
+    hyper = Hyperparameters(1.0, weight_decay=10.0, scale_invariant=True)
     for t in range(5000):
         step = advance(scale, hyper, first=t == 0)
         scale = step.scale
     assert scale[:2] == (1.0, 5000)
     assert theory.log10_lr(scale, hyper) == pytest.approx(10001 * math.log10(2), rel=1e-15)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_an_excursion_out_of_the_range_leaves_nothing_behind(nesterov):
+    """Ten times the largest decay for a while, then a LR that falls to nearly 0: κ comes back to the equilibrium,
+    which for a small LR is λ/(1 − γ), instead of growing as 1/η. A large κ would drown the momentum in κθ."""
+    limit = (1 - math.sqrt(0.9)) ** 2
+    hyper = Hyperparameters(0.1, 0.9, weight_decay=10 * limit / 0.1, nesterov=nesterov, scale_invariant=True)
+    scale = Scale()
+    for t in range(100):
+        step = advance(scale, hyper, first=t == 0)
+        scale = step.scale
+    assert step.running.a_p > 0
+    for t in range(400):
+        step = advance(scale, hyper._replace(lr=0.1 * 0.95**t))
+        scale = step.scale
+    assert step.running.a_p == step.running.c_p == 0
+    assert scale.kappa == pytest.approx(hyper.weight_decay / (1 - 0.9), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("nesterov", "limit"), [(False, lambda m: (1 - math.sqrt(m)) ** 2), (True, lambda m: ((1 - m) / (1 + m)) ** 2)]
+)
+@pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
+def test_up_to_the_end_of_the_range_nothing_stays_ordinary(nesterov, limit, momentum):
+    for share, inside in ((0.999, True), (1.01, False)):
+        hyper = Hyperparameters(
+            0.1, momentum, weight_decay=share * limit(momentum) / 0.1, nesterov=nesterov, scale_invariant=True
+        )
+        scale, ordinary = Scale(), 0.0
+        for t in range(20_000):
+            step = advance(scale, hyper, first=t == 0)
+            ordinary += step.running.a_p + step.running.c_p
+            scale = step.scale
+        assert (ordinary == 0) is inside
 
 
 @given(st.lists(hypers, max_size=80))
@@ -160,6 +195,19 @@ def test_growth_of_the_paper():
     log10_lrs = theory.translate([0.1] * 1000, 5e-4, 0.9)
     assert 10 ** (391 * (log10_lrs[-1] - log10_lrs[-2])) == pytest.approx(1.4812, abs=5e-5)
     assert 10 ** log10_lrs[0] == pytest.approx(0.1 / (1 - 0.1 * 5e-4), rel=1e-14)
+
+
+@given(st.lists(st.floats(0, 0.05), min_size=1, max_size=60), st.sampled_from([0.0, 0.5, 0.9]))
+def test_translate_is_what_log10_lr_reports_step_by_step(etas, momentum):
+    scale = Scale()
+    for t, expected in enumerate(theory.translate(etas, 0.05, momentum)):
+        hyper = Hyperparameters(etas[t], momentum, weight_decay=0.05, scale_invariant=True)
+        assert theory.log10_lr(scale, hyper, first=t == 0) == pytest.approx(expected, abs=1e-13)
+        scale = advance(scale, hyper, first=t == 0).scale
+
+
+def test_translate_needs_no_more_than_that_something_of_the_weights_is_left():
+    assert theory.translate([1.0], 0.6)[0] == pytest.approx(math.log10(theory.exp_lr(0, 1.0, 0.6)), abs=1e-15)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
@@ -225,7 +273,8 @@ ERRORS = {
     "milestone 0": (lambda: theory.texp_phases(0.1, 5e-4, 0.9, [0]), r"ascending positive .* got \[0\]"),
     "lr 0": (lambda: theory.exp_lr(0, 0.0, 5e-4), "lr and gamma must be greater than 0, got lr = 0"),
     "negative step": (lambda: theory.exp_lr(-1, 0.1, 5e-4), "from 0 on, got -1"),
-    "no schedule": (lambda: theory.translate([0.1, 0.9], 0.4, 0.9), r"lr = 0\.9 at step 1 .* less than 0\.5"),
+    "no schedule": (lambda: theory.translate([0.1, 1.9], 0.4, 0.9), r"lr = 1\.9 at step 1 .* nothing of the weights"),
+    "tiny lr": (lambda: theory.texp_phases(0.1, 0.0, 0.9, [1, 2], 1e-200), r"0\.1·1e-200\^2 is too small"),
 }
 
 

@@ -8,7 +8,11 @@ def main() -> None:
     try:
         from texp.cli import run
     except ModuleNotFoundError as error:
-        sys.exit(f"texp: the command line needs {error.name}; install it with: pip install 'texp[demo]'")
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(
+            f'texp: the command line needs {error.name}: install texp with the extra "demo", pip install ".[demo]"'
+        )
     sys.exit(run())
 
 

@@ -21,10 +21,18 @@ app = typer.Typer(
     help="SGD in the exponential-learning-rate form of Li & Arora (ICLR 2020).",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 # What typer raises for bad arguments: click's own class, or that of the copy which newer versions bring along.
 UsageError = typer.BadParameter.__base__
+
+FIGURES = (".png", ".pdf", ".svg")
+
+MOST_STEPS = 10_000_000  # that a CSV or a figure of a schedule may have
+
+# Libraries of the extra "demo", by the names of their modules.
+EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -32,26 +40,35 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         return app(arguments, prog_name="texp", standalone_mode=False) or 0
     except UsageError as error:
-        print(f"texp: {error.format_message()}", file=sys.stderr)
-        return 2
+        return _fail(2, error.format_message() or "no command given, see texp --help")
     except ModuleNotFoundError as error:
-        print(f"texp: this command needs {error.name}; install it with: pip install 'texp[demo]'", file=sys.stderr)
-        return 1
+        library = EXTRA.get((error.name or "").split(".")[0])
+        if library is None:
+            raise
+        return _fail(
+            1, f'this command needs {library}: install texp with the extra "demo", as in pip install ".[demo]"'
+        )
+    except OSError as error:
+        return _fail(1, str(error))
     except (typer.Abort, KeyboardInterrupt):
-        print("texp: interrupted", file=sys.stderr)
-        return 130
+        return _fail(130, "interrupted")
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"texp: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 @app.command("demo")
 def demo_command(
     epochs: Annotated[int, typer.Option(min=4, help="Epochs of 11 steps for each run.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of the initialisation and the batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initialisation and the batches.")] = 0,
     plot: Annotated[Path, typer.Option(help="Where to write the figure.")] = Path("texp-demo.png"),
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Where to write every step of every run.")] = None,
 ) -> None:
     """Trains one network on scikit-learn's digits in three ways that the paper says are one."""
-    for path in (plot, csv_path):
-        _check_writable(path)
+    _check_writable(plot, figure=True)
+    _check_writable(csv_path)
     console = _console()
     start = time.perf_counter()
     data, runs = demo.load_digits(), demo.make_runs()
@@ -106,46 +123,58 @@ def schedule(
     plot: Annotated[Path | None, typer.Option(help="Where to write a figure.")] = None,
 ) -> None:
     """The exponential schedule without weight decay that equals a step decay with it."""
-    for path in (csv_path, plot):
-        _check_writable(path)
+    _check_writable(csv_path)
+    _check_writable(plot, figure=True)
+    steps = epochs * steps_per_epoch
+    every_step = csv_path is not None or plot is not None
+    if every_step and steps > MOST_STEPS:
+        raise typer.BadParameter(f"--csv and --plot take at most {MOST_STEPS} steps, got {steps}")
     starts = _milestones(milestones, epochs, steps_per_epoch)
     try:
         phases = theory.texp_phases(lr, weight_decay, momentum, starts, gamma)
-        etas = [phase.lr for phase, end in _ends(phases, epochs * steps_per_epoch) for _ in range(phase.start, end)]
-        exact = theory.translate(etas, weight_decay, momentum) if csv_path or plot else []
+        ends = [*(phase.start for phase in phases[1:]), steps]
+        etas = [p.lr for p, end in zip(phases, ends, strict=True) for _ in range(p.start, end)] if every_step else []
+        exact = theory.translate(etas, weight_decay, momentum)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
-    table = Table()
-    for column in (
-        "phase", "epochs", "LR", "α*", "growth per step", "growth per epoch", "instant factor",
+    # A column a phase: so it fits a narrow terminal.
+    table = Table("phase", show_lines=False)
+    rows = {name: [] for name in (
+        "epochs", "LR with decay", "α*", "growth per step", "growth per epoch", "instant factor",
         "log10 LR, first", "log10 LR, last",
-    ):  # fmt: skip
-        table.add_column(column, justify="right")
-    texp = []
-    for index, (phase, end) in enumerate(_ends(phases, epochs * steps_per_epoch)):
+    )}  # fmt: skip
+    for index, (phase, end) in enumerate(zip(phases, ends, strict=True)):
+        table.add_column(str(index), justify="right", no_wrap=True)
         growth = -2 * math.log10(phase.alpha)
-        texp += [phase.log10_lr + growth * t for t in range(end - phase.start)]
-        table.add_row(
-            str(index),
+        values = (
             f"{phase.start // steps_per_epoch}–{end // steps_per_epoch}",
             f"{phase.lr:.6g}",
             f"{phase.alpha:.8f}",
             f"{10**growth:.8f}",
-            f"{10 ** (growth * steps_per_epoch):.4f}",
+            f"{10 ** (growth * steps_per_epoch):.4f}"
+            if growth * steps_per_epoch < 4
+            else f"10^{growth * steps_per_epoch:.4f}",
             f"{phase.instant:.6g}",
             f"{phase.log10_lr:.4f}",
-            f"{texp[-1]:.4f}",
+            f"{phase.log10_lr_at(end - 1):.4f}",
         )
+        for row, value in zip(rows.values(), values, strict=True):
+            row.append(value)
+    for name, row in rows.items():
+        table.add_row(name, *row)
     _console().print(table)
+    if not every_step:
+        return
+    closed = [p.log10_lr_at(t) for p, end in zip(phases, ends, strict=True) for t in range(p.start, end)]
     if csv_path is not None:
         with csv_path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["step", "lr", "log10_texp_lr", "log10_exact_lr"])
-            writer.writerows([t, *values] for t, values in enumerate(zip(etas, texp, exact, strict=True)))
+            writer.writerows([t, *values] for t, values in enumerate(zip(etas, closed, exact, strict=True)))
         print(csv_path.resolve())
     if plot is not None:
-        _plot_schedule([t / steps_per_epoch for t in range(len(etas))], etas, texp, exact, plot)
+        _plot_schedule([t / steps_per_epoch for t in range(steps)], etas, closed, exact, plot)
         print(plot.resolve())
 
 
@@ -166,10 +195,20 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=160)
 
 
-def _check_writable(path: Path | None) -> None:
+def _check_writable(path: Path | None, *, figure: bool = False) -> None:
     """Before minutes of training, not after."""
-    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-        raise typer.BadParameter(f"cannot write {path}: its folder does not exist, or it is a folder itself")
+    if path is None:
+        return
+    if figure and path.suffix not in FIGURES:
+        raise typer.BadParameter(f"cannot write a figure to {path}: its name must end in {' or '.join(FIGURES)}")
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from None
+    if not existed:
+        path.unlink()
 
 
 def _milestones(text: str, epochs: int, steps_per_epoch: int) -> list[int]:
@@ -177,17 +216,15 @@ def _milestones(text: str, epochs: int, steps_per_epoch: int) -> list[int]:
         milestones = [int(epoch) for epoch in text.split(",")] if text else []
     except ValueError:
         raise typer.BadParameter(f"--milestones must be epochs, separated by commas; got {text}") from None
-    if any(not 0 < epoch < epochs for epoch in milestones):
-        raise typer.BadParameter(f"--milestones must lie between 0 and --epochs {epochs}, got {text}")
+    ascending = sorted(set(milestones)) == milestones
+    if not ascending or any(not 0 < epoch < epochs for epoch in milestones):
+        raise typer.BadParameter(f"--milestones must ascend from above 0 to below --epochs {epochs}, got {text}")
     return [epoch * steps_per_epoch for epoch in milestones]
 
 
-def _ends(phases: list[theory.Phase], steps: int) -> list[tuple[theory.Phase, int]]:
-    """Each phase with the step after its last."""
-    return list(zip(phases, [*(phase.start for phase in phases[1:]), steps], strict=True))
-
-
-def _plot_schedule(epoch: list[float], etas: list[float], texp: list[float], exact: list[float], path: Path) -> None:
+def _plot_schedule(
+    epoch: list[float], etas: list[float], closed: list[float], exact: list[float], path: Path
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,7 +233,7 @@ def _plot_schedule(epoch: list[float], etas: list[float], texp: list[float], exa
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     axes.plot(epoch, [math.log10(eta) for eta in etas], color="0.5", label="with weight decay")
     axes.plot(epoch, exact, color="C0", lw=2.5, label="without: exact (texp.theory.translate)")
-    axes.plot(epoch, texp, color="C1", ls="--", label="without: TEXP")
+    axes.plot(epoch, closed, color="C1", ls="--", label="without: TEXP")
     axes.set(xlabel="epoch", ylabel=r"$\log_{10}$ of the learning rate")
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -129,7 +129,7 @@ class Run:
         self.loss.append(loss)
         if isinstance(optimizer, SGD):
             self.log10_lr.append(optimizer.log10_lr()[0])
-            # ‖w‖²/η̃ with the powers of ten taken out of both: w is stored as P·θ, and η̃ is P·P/α·η.
+            # ‖w‖²/η̃ with 4^exponent taken out of both: it is not in the stored weights, and could overflow.
             stored_log10_lr = self.log10_lr[-1] - 2 * group["scale_exponent"] * math.log10(2)
         else:
             self.log10_lr.append(math.log10(group["lr"]))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
-from texp import backends, theory
+from texp import backends, groups, theory
 from texp.reference import Entry
-from texp.theory import KEEP, Hyperparameters, Row, Scale
+from texp.theory import KEEP, Row, Scale
 
 
 class SGD(torch.optim.Optimizer):
@@ -37,22 +37,27 @@ class SGD(torch.optim.Optimizer):
             group.
         backend: "reference", "cpu", "cuda" or "triton"; None, the default, takes the best one available. One
             that is named never falls back.
-        capturable: keep schedule state on the device, for CUDA graphs. Default False.
+        capturable: keep schedule state on the device, for CUDA graphs. Default False; no backend of this version
+            can, so True is refused.
 
     In a scale-invariant group the parameters hold Pθ, where θ are the weights that torch.optim.SGD would hold,
     and the momentum buffers (v − κθ)/P; `group["scale"]` is P, kept in [1, 2), `group["carried_decay"]` is κ.
     The functions computed are the same; :meth:`fold` turns the weights into θ themselves. Any group can become
     scale-invariant at any step (set ``group["scale_invariant"] = True``), and an ordinary one again by
-    :meth:`fold` and setting it to False. ``group["norm_stats"]`` lists pairs (buffer, power): running statistics
-    of norm layers that are to be multiplied by the change of P^power at each step.
+    :meth:`fold` and setting it to False.
+
+    ``group["norm_stats"]``, a list of pairs (tensor, power), holds running statistics that grow with the weights:
+    where the input of a BatchNorm grows as P^d, its running mean with power d and its running variance with 2·d.
+    Each step multiplies them by the change of P^power. Give them after the model is on its device and in its
+    dtype: ``model.to`` replaces its buffers.
 
     A step modifies in place: parameters, momentum buffers, norm_stats. It never writes to a gradient. Under a
     GradScaler it unscales the gradients while reading them; where the scaler found an inf or a NaN, nothing at
     all is changed and :attr:`step_was_skipped` is True.
 
     Raises, before anything is changed: ValueError for hyperparameters that are negative or not finite and for
-    combinations that torch refuses; RuntimeError for a backend that is not available, and for sparse gradients
-    with weight decay unless the group is scale-invariant and without momentum.
+    combinations that torch refuses; RuntimeError for a backend that is not available, for momentum buffers that do
+    not fit, and for sparse gradients with weight decay unless the group is scale-invariant and without momentum.
     """
 
     # Whether the last step() changed nothing because a GradScaler had found an inf or a NaN.
@@ -123,15 +128,15 @@ class SGD(torch.optim.Optimizer):
         Raises ValueError for hyperparameters that texp.SGD itself would refuse; the optimizer is then unchanged.
         """
         if isinstance(param_group, dict):
-            values = {**self.defaults, **_SCALE_KEYS, "norm_stats": [], **param_group}
-            _hyperparameters(values).check()
-            _check_scale(values)
-            _check_norm_stats(values["norm_stats"])
+            values = {**self.defaults, **groups.SCALE_KEYS, "norm_stats": [], **param_group}
+            groups.hyperparameters(values).check()
+            groups.check_scale(values)
+            groups.check_norm_stats(values["norm_stats"])
             if values["scale_invariant"] and self.defaults["differentiable"]:
                 raise ValueError("a scale_invariant group cannot be differentiable: its scale is not on the tape")
             if values["capturable"]:
                 backends.check_capturable()
-            param_group = {**param_group, **{key: values[key] for key in (*_SCALE_KEYS, "norm_stats")}}
+            param_group = {**param_group, **{key: values[key] for key in (*groups.SCALE_KEYS, "norm_stats")}}
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -171,13 +176,15 @@ class SGD(torch.optim.Optimizer):
                 apply(row, entries, foreach=plan.group["foreach"])
             for param, buf in plan.new_bufs:
                 self.state[param]["momentum_buffer"] = buf
-            _set_scale(plan.group, plan.scale)
+            groups.set_scale(plan.group, plan.scale)
 
     def _plan(self, index: int, group: dict[str, Any], grad_scale: float) -> "_Plan":
-        hyper = _hyperparameters(group)
+        if group["capturable"]:
+            backends.check_capturable()
+        hyper = groups.hyperparameters(group)
         entries = [Entry(p, p.grad, self._buf(p)) for p in group["params"]]
         try:
-            step = theory.advance(_scale(group), hyper, first=_all_first(entries), grad_scale=grad_scale)
+            step = theory.advance(groups.scale_of(group), hyper, first=_all_first(entries), grad_scale=grad_scale)
         except ValueError as error:
             raise ValueError(f"parameter group {index}: {error}") from None
         work: dict[Row, list[Entry]] = {}
@@ -192,7 +199,9 @@ class SGD(torch.optim.Optimizer):
             else:
                 row = step.running
             if any(x is not None and x.layout != torch.strided for x in entry):
-                _check_sparse(index, hyper, row)
+                groups.check_sparse(index, hyper, row)
+            if entry.buf is not None:
+                _check_buf(index, entry)
             work.setdefault(row, []).append(entry)
         for stat, power in group["norm_stats"]:
             work.setdefault(step.norm_stat(power), []).append(Entry(stat))
@@ -202,6 +211,9 @@ class SGD(torch.optim.Optimizer):
 
     @torch.enable_grad()
     def _differentiable_step(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            if groups.is_exponential(group):
+                raise RuntimeError(f"parameter group {index} is scale_invariant: its step cannot be differentiable")
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             bufs = [self._buf(p) for p in params]
@@ -235,13 +247,13 @@ class SGD(torch.optim.Optimizer):
         """
         apply = backends.choose(self._backend)
         for group in self.param_groups:
-            scale = _scale(group)
+            scale = groups.scale_of(group)
             if (scale.P, scale.kappa) != (1.0, 0.0):
                 entries = [Entry(p, buf=self._buf(p)) for p in group["params"]]
                 apply(theory.fold_row(scale), entries, foreach=group["foreach"])
                 for stat, power in group["norm_stats"]:
                     apply(Row(s_p=scale.P**-power), [Entry(stat)])
-            _set_scale(group, Scale())
+            groups.set_scale(group, Scale())
 
     def log10_lr(self) -> list[float]:
         """log10 of the paper's learning rate η̃ of the next step, one float a group (η̃ itself leaves the range
@@ -249,8 +261,8 @@ class SGD(torch.optim.Optimizer):
         """
         return [
             theory.log10_lr(
-                _scale(group),
-                _hyperparameters(group),
+                groups.scale_of(group),
+                groups.hyperparameters(group),
                 first=_all_first([Entry(p, buf=self._buf(p)) for p in group["params"]]),
             )
             for group in self.param_groups
@@ -268,15 +280,16 @@ class SGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a texp.SGD or of a torch.optim.SGD, at any step of a run.
 
-        Momentum buffers keep the dtype in which they were saved. A state dict of torch.optim.SGD leaves the
-        groups' `scale_invariant` as it is and starts at P = 1, κ = 0. The groups' norm_stats and `capturable` are
+        As in torch, the groups' options are replaced by those that were saved, here `scale_invariant` and the
+        scale among them. Momentum buffers keep the dtype in which they were saved. A state dict of torch.optim.SGD
+        leaves `scale_invariant` as it is and starts at P = 1, κ = 0. The groups' norm_stats and `capturable` are
         never replaced.
 
         Raises ValueError where groups, shapes or scales do not fit; the optimizer is then unchanged.
         """
         norm_stats = [group["norm_stats"] for group in self.param_groups]
         # Registered last, it sees what other hooks made of the state dict.
-        hook = self.register_load_state_dict_pre_hook(_prepare_loading)
+        hook = self.register_load_state_dict_pre_hook(groups.prepare_loading)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -291,10 +304,10 @@ class SGD(torch.optim.Optimizer):
         """Called when unpickled, and by torch's load_state_dict."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in (*_TORCH_DEFAULTS.items(), *_SCALE_KEYS.items()):
+            for key, value in (*groups.TORCH_DEFAULTS.items(), *groups.SCALE_KEYS.items()):
                 group.setdefault(key, value)
         for param, values in self.state.items():
-            if isinstance(buf := values.get("momentum_buffer"), _AsSaved):
+            if isinstance(buf := values.get("momentum_buffer"), groups.AsSaved):
                 values["momentum_buffer"] = buf.tensor.to(param.device)
 
 
@@ -307,94 +320,21 @@ class _Plan(NamedTuple):
     new_bufs: list[tuple[Tensor, Tensor]]
 
 
-class _AsSaved:
-    """Carries a tensor past torch's load_state_dict, which would cast it to the parameter's dtype."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-# What groups saved by older versions of torch.optim.SGD may lack.
-_TORCH_DEFAULTS = {"nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "fused": None}
-
-# The scale of a group, as it stands in the group and in state dicts.
-_SCALE_KEYS = {"scale": 1.0, "scale_exponent": 0, "carried_decay": 0.0}
-
-
-def _scale(group: dict[str, Any]) -> Scale:
-    return Scale(*(group[key] for key in _SCALE_KEYS))
-
-
-def _set_scale(group: dict[str, Any], scale: Scale) -> None:
-    group.update(zip(_SCALE_KEYS, scale, strict=True))
-
-
-def _hyperparameters(group: dict[str, Any]) -> Hyperparameters:
-    numbers = ("lr", "momentum", "dampening", "weight_decay")
-    flags = ("nesterov", "maximize", "scale_invariant")
-    return Hyperparameters(
-        **{key: group[key].item() if isinstance(group[key], Tensor) else float(group[key]) for key in numbers},
-        **{key: bool(group[key]) for key in flags},
-    )
-
-
 def _all_first(entries: list[Entry]) -> bool:
     return all(entry.buf is None for entry in entries)
+
+
+def _check_buf(index: int, entry: Entry) -> None:
+    """That a buffer which somebody put there fits."""
+    param, grad, buf = entry
+    would_densify = buf.layout != torch.strided and grad is not None and grad.layout == torch.strided
+    if buf.shape != param.shape or would_densify:
+        raise RuntimeError(
+            f"parameter group {index}: a momentum buffer of shape {tuple(buf.shape)} and layout {buf.layout} does "
+            f"not fit a parameter of shape {tuple(param.shape)}{' with a dense gradient' if would_densify else ''}"
+        )
 
 
 def _empty_buf(entry: Entry) -> Tensor:
     dense = entry.grad.layout == torch.strided
     return torch.zeros_like(entry.param if dense else entry.grad)
-
-
-def _check_scale(group: dict[str, Any]) -> None:
-    P, exponent, kappa = _scale(group)
-    theory.check_non_negative(scale=P, carried_decay=kappa)
-    if not 1 <= P < 2 or exponent != int(exponent):
-        raise ValueError(f"scale must be in [1, 2) and scale_exponent an integer, got {P} and {exponent}")
-
-
-def _check_norm_stats(norm_stats: Any) -> None:
-    for stat in norm_stats:
-        if not (isinstance(stat, tuple) and len(stat) == 2 and isinstance(stat[0], Tensor)):
-            raise ValueError(f"norm_stats must be a list of pairs (tensor, power of the scale), got {stat!r}")
-
-
-def _check_sparse(index: int, hyper: Hyperparameters, row: Row) -> None:
-    if hyper.weight_decay != 0 and not (hyper.scale_invariant and hyper.momentum == 0):
-        raise RuntimeError(
-            f"parameter group {index}: sparse gradients with weight_decay = {hyper.weight_decay} need a "
-            "scale_invariant group without momentum (torch.optim.SGD refuses them altogether); an ordinary decay "
-            "would have to touch every row of the parameter"
-        )
-    if row.a_p != 0 or row.c_p != 0:
-        raise RuntimeError(
-            f"parameter group {index}: with sparse gradients lr·weight_decay must be at most {1 - theory.ALPHA_MIN} "
-            f"and no decay may be carried in the momentum, got lr = {hyper.lr}, weight_decay = {hyper.weight_decay}"
-        )
-
-
-def _prepare_loading(optimizer: SGD, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Checks a state dict, fills in what torch.optim.SGD does not save, and keeps the dtypes of buffers."""
-    groups, state = [], dict(state_dict["state"])
-    for index, saved in enumerate(state_dict["param_groups"]):
-        saved = dict(saved)
-        groups.append(saved)
-        if index >= len(optimizer.param_groups):
-            continue  # the base class has the error for this
-        group = optimizer.param_groups[index]
-        if not _SCALE_KEYS.keys() <= saved.keys():
-            saved.update(_SCALE_KEYS, scale_invariant=group["scale_invariant"])
-        saved["capturable"] = group["capturable"]  # how the step runs here is not part of a run's state
-        _check_scale(saved)
-        for key, param in zip(saved["params"], group["params"], strict=False):
-            buf = state.get(key, {}).get("momentum_buffer")
-            if buf is None:
-                continue
-            if buf.shape != param.shape:
-                raise ValueError(
-                    f"loaded state dict has a momentum buffer of shape {tuple(buf.shape)} for a parameter of shape "
-                    f"{tuple(param.shape)} (number {key} of the state dict)"
-                )
-            state[key] = {**state[key], "momentum_buffer": _AsSaved(buf)}
-    return {**state_dict, "state": state, "param_groups": groups}

@@ -13,13 +13,14 @@ from texp import theory
 class TEXP(LRScheduler):
     """The tapered exponential schedule, the paper's counterpart of a step decay (MultiStepLR) with weight decay.
 
-    Call `step()` once after every optimizer step. The group's LR at construction is η of the first phase, its
-    momentum γ and dampening τ are read from the group; the LR that is set is the paper's η̃. It grows without
-    bound, and the weights grow with it: `texp.SGD(scale_invariant=True)` takes the same steps in range.
+    Call `step()` once after every optimizer step, not every epoch. The group's LR at construction is η of the
+    first phase, its momentum γ and dampening τ are read from the group; the LR that is set is the paper's η̃. It
+    grows without bound, and the weights grow with it: `texp.SGD(scale_invariant=True)` takes the same steps in
+    range.
 
     Args:
-        optimizer: every group has weight_decay 0, lr > 0, and no Nesterov momentum (the theorem is of the heavy
-            ball).
+        optimizer: every group has weight_decay 0, lr > 0, 0 ≤ dampening ≤ 1, and no Nesterov momentum (the
+            theorem is of the heavy ball).
         milestones: first steps of the later phases, ascending, in optimizer steps.
         gamma: factor of the LR at each milestone, default 0.1.
         weight_decay: λ of the SGD run to match, ≥ 0.
@@ -50,7 +51,10 @@ class TEXP(LRScheduler):
         self.taper = taper
         self.momenta = [float(group.get("momentum", 0)) for group in optimizer.param_groups]
         # Dampening scales what enters the momentum, decay included.
-        self.weight_decays = [weight_decay * (1 - group.get("dampening", 0)) for group in optimizer.param_groups]
+        self.weight_decays = [
+            weight_decay * (1 - group.get("dampening", 0) if momentum else 1)
+            for group, momentum in zip(optimizer.param_groups, self.momenta, strict=True)
+        ]
         # All errors of the schedule come now, before the optimizer is touched.
         for index, group in enumerate(optimizer.param_groups):
             self._lr(index, group.get("initial_lr", group["lr"]), 0)
@@ -94,3 +98,5 @@ def _check_group(index: int, group: dict) -> None:
             f"parameter group {index} has nesterov=True: the paper's schedules are those of heavy-ball momentum "
             "(texp.SGD with scale_invariant=True covers Nesterov)"
         )
+    if not 0 <= group.get("dampening", 0) <= 1:
+        raise ValueError(f"parameter group {index} has dampening = {group['dampening']}: it must be from 0 to 1")

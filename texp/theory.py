@@ -19,8 +19,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-# A step hands at most this much of the weights over to the scale, so that P at most doubles. Decay beyond it
-# stays in the row as ordinary decay: nothing is lost.
+# A step hands at most half of the weights over to the scale, so that P at most doubles.
 ALPHA_MIN = 0.5
 
 
@@ -111,67 +110,63 @@ def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_s
 
     Raises ValueError for a negative or non-finite hyperparameter. The theorem's range is not needed.
 
-    With ĝ = g + λθ, torch.optim.SGD computes v ← a·v + b·ĝ and θ ← θ − η(x·ĝ + y·v), where (a, b, x, y) is
+    With ĝ = g + λθ, torch.optim.SGD computes v ← keep·v + enter·ĝ and θ ← θ − η(direct·ĝ + through·v), where
 
-        momentum 0    1, 0, 1, 0   (a buffer left from an earlier momentum is kept)
-        heavy ball    γ, 1−τ, 0, 1
-        Nesterov      γ, 1−τ, 1, γ
-        first step    0, 1 for a, b
+                      keep  enter  direct  through
+        momentum 0    1     0      1       0        (a buffer left from an earlier momentum is kept)
+        heavy ball    γ     1−τ    0       1
+        Nesterov      γ     1−τ    1       γ
+        first step    0     1                       (with momentum; direct and through as above)
 
     Put p = Pθ, b = (v − κθ)/P and the gradient at p, which is g/P, into that. The share κc of the momentum
-    and μc of the update that lie along θ go into the scale, whatever exceeds the limit stays as a_p and c_p.
-    An ordinary group is one whose limit is 0. Inside the theorem's range (and λη ≤ 1/2) a scale-invariant
+    and μc of the update that lie along θ go into the scale, whatever exceeds the `_limits` stays as a_p and c_p.
+    An ordinary group is one whose limits are 0. Inside the theorem's range, where α ≥ 1/2, a scale-invariant
     group has a_p = c_p = 0: no weight decay at all, only a growing learning rate.
     """
     hyper.check()
-    eta, gamma, tau, lambda_ = hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay
+    lr, momentum, weight_decay = hyper.lr, hyper.momentum, hyper.weight_decay
     P, kappa = scale.P, scale.kappa
-    if gamma == 0:
-        a, b, x, y = 1.0, 0.0, 1.0, 0.0
+    if momentum == 0:
+        keep, enter, direct, through = 1.0, 0.0, 1.0, 0.0
     elif hyper.nesterov:
-        a, b, x, y = gamma, 1 - tau, 1.0, gamma
+        keep, enter, direct, through = momentum, 1 - hyper.dampening, 1.0, momentum
     else:
-        a, b, x, y = gamma, 1 - tau, 0.0, 1.0
+        keep, enter, direct, through = momentum, 1 - hyper.dampening, 0.0, 1.0
 
-    if not hyper.scale_invariant:
-        limit = 0.0
-    elif eta == 0:
-        limit = math.inf
-    else:
-        limit = (1 - ALPHA_MIN) / eta
-
-    kappa_running = a * kappa + b * lambda_
-    kappa_first = lambda_ if gamma != 0 else kappa_running
-    kappa_c = _clip(kappa_first if first else kappa_running, limit)
-    mu = x * lambda_ + y * kappa_c
-    mu_c = _clip(mu, limit)
-    alpha = 1 - eta * mu_c
+    kappa_limit, mu_limit = _limits(hyper)
+    kappa_running = keep * kappa + enter * weight_decay
+    kappa_first = kappa_running if momentum == 0 else weight_decay
+    kappa_c = _clip(kappa_first if first else kappa_running, kappa_limit)
+    mu = direct * weight_decay + through * kappa_c
+    mu_c = _clip(mu, mu_limit)
+    alpha = 1 - lr * mu_c
 
     P_after, k = _normalised(P / alpha)
     shrink = math.ldexp(1.0, -k)
     after = Scale(P_after, scale.exponent + k, kappa_c / alpha)
 
     sign = (-1.0 if hyper.maximize else 1.0) / grad_scale
-    heavy_ball = x == 0
+    heavy_ball = direct == 0
+    P2 = P * P
     running = Row(
-        a_b=a,
-        a_g=b * sign,
-        a_p=(kappa_running - kappa_c) / P**2,
-        c_u=y,
-        c_g=x * sign,
-        c_p=(mu - mu_c) / P**2,
+        a_b=keep,
+        a_g=enter * sign,
+        a_p=(kappa_running - kappa_c) / P2,
+        c_u=through,
+        c_g=direct * sign,
+        c_p=(mu - mu_c) / P2,
         s_p=shrink,
-        e=P**2 * eta / alpha * shrink,
+        e=P2 * lr / alpha * shrink,
         # Heavy ball has d = u, so that α·u + κc·η·d is u itself.
         r_u=(1.0 if heavy_ball else alpha) / shrink,
-        r_d=(0.0 if heavy_ball else kappa_c * eta) / shrink,
+        r_d=(0.0 if heavy_ball else kappa_c * lr) / shrink,
     )
     first_row = running
-    if gamma != 0:
-        first_row = running._replace(a_b=0.0, a_g=sign, a_p=(kappa_first - kappa_c) / P**2)
+    if momentum != 0:
+        first_row = running._replace(a_b=0.0, a_g=sign, a_p=(kappa_first - kappa_c) / P2)
     idle = Row(
         a_b=alpha,
-        a_p=alpha * (kappa - after.kappa) / P**2,
+        a_p=alpha * (kappa - after.kappa) / P2,
         s_p=shrink / alpha,
         r_u=1 / shrink,
     )
@@ -204,22 +199,45 @@ def translate(lrs: Iterable[float], weight_decay: float, momentum: float = 0.0) 
     Returns log10 of η̃_t, one float a step (η̃ itself leaves float64's range in long runs): plain SGD with
     these LRs, the same momentum and no weight decay visits the same functions.
 
-    Raises ValueError for a negative or non-finite argument, and where no such schedule exists: where a step
-    would have to give more than half of the weights to the scale.
+    Raises ValueError for a negative or non-finite argument, and for an lr so large that the decay of its step
+    would leave nothing of the weights (α ≤ 0): no exponential schedule equals that.
     """
     scale, log10_lrs = Scale(), []
     for t, lr in enumerate(lrs):
-        hyper = Hyperparameters(lr, momentum, weight_decay=weight_decay, scale_invariant=True)
-        step = advance(scale, hyper, first=t == 0)
-        if step.running.a_p or step.running.c_p:
+        check_non_negative(lr=lr, weight_decay=weight_decay, momentum=momentum)
+        kappa = momentum * scale.kappa + weight_decay
+        alpha = 1 - lr * kappa
+        if alpha <= 0:
             raise ValueError(
-                f"no exponential schedule exists for lr = {lr} at step {t} with weight_decay = {weight_decay} "
-                f"and momentum = {momentum}: the decay of this step would leave less than {ALPHA_MIN} of the "
-                "weights (texp.SGD has no such limit)"
+                f"no exponential schedule exists for lr = {lr} at step {t} with weight_decay = {weight_decay} and "
+                f"momentum = {momentum}: the decay of that step leaves nothing of the weights (α = {alpha:.6g})"
             )
-        log10_lrs.append(_log10_lr(lr, scale, step.alpha))
-        scale = step.scale
+        log10_lrs.append(_log10_lr(lr, scale, alpha))
+        P, k = _normalised(scale.P / alpha)
+        scale = Scale(P, scale.exponent + k, kappa / alpha)
     return log10_lrs
+
+
+def _limits(hyper: Hyperparameters) -> tuple[float, float]:
+    """The most of κ and of μ that one step hands over to the scale.
+
+    Under constant hyperparameters κ rises to the equilibrium of the theorem, as long as there is one. At the end
+    of its range, λη = (1 − √γ)² for heavy ball and ((1 − γ)/(1 + γ))² for Nesterov, κ and μ reach the values
+    below (with α = √γ and 2γ/(1 + γ)). Beyond them κ would run away, out of all proportion to the momentum, and
+    would not come back when the range is entered again; stopped there, it does.
+    """
+    momentum = hyper.momentum
+    if not hyper.scale_invariant or momentum >= 1:
+        return 0.0, 0.0
+    if hyper.lr == 0:
+        return math.inf, math.inf
+    if momentum == 0:
+        kappa = mu = 1.0
+    elif hyper.nesterov:
+        kappa, mu = 2 * (1 - momentum) / ((1 + momentum) * (1 + momentum)), (1 - momentum) / (1 + momentum)
+    else:
+        kappa = mu = 1 - math.sqrt(momentum)
+    return min(kappa, 1 - ALPHA_MIN) / hyper.lr, min(mu, 1 - ALPHA_MIN) / hyper.lr
 
 
 def _clip(kappa: float, limit: float) -> float:
@@ -262,6 +280,10 @@ class Phase(NamedTuple):
     instant: float  # the factor η_I/η_{I−1} of its first step; 1 in the first phase
     log10_lr: float  # log10 of η̃ at its first step
 
+    def log10_lr_at(self, t: int) -> float:
+        """log10 of η̃ at step t of the run, inside this phase."""
+        return self.log10_lr - 2 * (t - self.start) * math.log10(self.alpha)
+
 
 def texp_phases(
     lr: float,
@@ -294,6 +316,8 @@ def texp_phases(
     phases: list[Phase] = []
     for index, start in enumerate([0, *map(int, milestones)]):
         phase_lr = lr * gamma**index
+        if phase_lr == 0:
+            raise ValueError(f"lr·gamma^{index} = {lr}·{gamma}^{index} is too small for a float")
         alpha = alpha_star(phase_lr if taper else lr, weight_decay, momentum)
         if not phases:
             phases.append(Phase(start, phase_lr, alpha, 1.0, math.log10(lr) - math.log10(alpha)))
@@ -322,8 +346,17 @@ def texp_lr(
     It matches step decay up to one momentum correction per new phase (`translate` has none to make).
     Raises OverflowError where η̃ leaves float64's range.
     """
+    if t < 0:
+        raise ValueError(f"t must be a step number from 0 on, got {t}")
     phases = texp_phases(lr, weight_decay, momentum, milestones, gamma, instant_decay=instant_decay, taper=taper)
-    return lr_in_phases(t, phases)
+    log10_lr = [phase for phase in phases if phase.start <= t][-1].log10_lr_at(t)
+    try:
+        return 10**log10_lr
+    except OverflowError:
+        raise OverflowError(
+            f"the learning rate of step {t} is 10^{log10_lr:.1f}, beyond float64: texp.SGD with scale_invariant=True "
+            "takes the same steps with weights and learning rate in range"
+        ) from None
 
 
 def exp_lr(t: int, lr: float, weight_decay: float, momentum: float = 0.0) -> float:
@@ -333,21 +366,6 @@ def exp_lr(t: int, lr: float, weight_decay: float, momentum: float = 0.0) -> flo
     `translate`. Raises ValueError as `alpha_star`, OverflowError where η̃ leaves float64's range.
     """
     return texp_lr(t, lr, weight_decay, momentum, ())
-
-
-def lr_in_phases(t: int, phases: Sequence[Phase]) -> float:
-    """η̃ of step t, given the phases of a TEXP schedule."""
-    if t < 0:
-        raise ValueError(f"t must be a step number from 0 on, got {t}")
-    phase = [phase for phase in phases if phase.start <= t][-1]
-    log10_lr = phase.log10_lr - 2 * (t - phase.start) * math.log10(phase.alpha)
-    try:
-        return 10**log10_lr
-    except OverflowError:
-        raise OverflowError(
-            f"the learning rate of step {t} is 10^{log10_lr:.1f}, beyond float64: texp.SGD with scale_invariant=True "
-            "takes the same steps with weights and learning rate in range"
-        ) from None
 
 
 def check_non_negative(**values: float) -> None:
