@@ -38,11 +38,12 @@ hypers = st.builds(
     maximize=st.booleans(),
     scale_invariant=st.booleans(),
 )
-steps = st.lists(st.tuples(hypers, st.none() | st.floats(-1, 1)), min_size=1, max_size=60)
+numbers = st.floats(-1, 1, allow_subnormal=False)
+steps = st.lists(st.tuples(hypers, st.none() | numbers), min_size=1, max_size=60)
 _DECAYING = Hyperparameters(0.5, 0.9, weight_decay=1.0, scale_invariant=True)
 
 
-@given(theta=st.floats(-1, 1), steps=steps, grad_scale=st.sampled_from([1.0, 2.0**16]))
+@given(theta=numbers, steps=steps, grad_scale=st.sampled_from([1.0, 2.0**16]))
 @example(theta=1.0, steps=[(_DECAYING, 0.5)] * 60, grad_scale=1.0)  # twice-clamped: far outside the range
 @example(
     theta=1.0,
@@ -68,7 +69,8 @@ def test_the_rows_of_any_run_are_those_of_sgd(theta, steps, grad_scale):
         assert 1 <= scale.P < 2
         assert scale.kappa >= 0
     # A step rounds some 20 times, and κθ, which is taken out of v and put back, can exceed v some 100 times.
-    tolerance = 60 * 20 * 100 * 2.0**-53 * size
+    # What becomes subnormal on the way rounds absolutely.
+    tolerance = 60 * 20 * 100 * (2.0**-53 * size + 5e-324)
     assert p / scale.P == pytest.approx(theta, abs=tolerance)
     folded, folded_b = apply(theory.fold_row(scale), p, 0.0, b)
     assert folded == pytest.approx(theta, abs=tolerance)

@@ -1,0 +1,68 @@
+"""texp.SGD under a GradScaler."""
+
+import math
+
+import pytest
+import torch
+
+from tests.conftest import same_bits
+from tests.states import assert_unchanged, param, snapshot
+
+
+class TestGradScaler:
+    def scaler(self, device: str, **arguments) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(device, init_scale=2.0**10, **arguments)
+
+    @pytest.mark.parametrize("scale_invariant", [False, True])
+    @pytest.mark.parametrize("overflows", [(), (0,), (0, 1, 4), (3,)], ids=str)
+    def test_a_skipped_step_changes_nothing_and_says_so(self, target, scale_invariant, overflows):
+        """Also the very first one, and the schedule does not move."""
+        expected_p, p = param(device=target.device), param(device=target.device)
+        arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "dampening": 0.5}
+        plain = target.sgd([expected_p], scale_invariant=scale_invariant, **arguments)
+        optimizer = target.sgd([p], scale_invariant=scale_invariant, **arguments)
+        scaler = self.scaler(target.device)
+        for t in range(6):
+            optimizer.zero_grad()
+            scaler.scale((p * math.cos(t)).sum()).backward()
+            if t in overflows:
+                p.grad[1] = math.inf
+                before = snapshot(optimizer)
+            scaled = p.grad.clone()
+            scaler.step(optimizer)
+            assert optimizer.step_was_skipped is (t in overflows)
+            assert same_bits(p.grad, scaled)
+            if t in overflows:
+                assert_unchanged(optimizer, before)
+            else:
+                expected_p.grad = torch.full_like(p, math.cos(t))
+                plain.step()
+            scaler.update()
+        # Scales are powers of two: unscaling is exact.
+        assert same_bits(p, expected_p)
+        assert snapshot(optimizer)[0] == snapshot(plain)[0]
+
+    def test_grads_unscaled_by_the_user(self, target):
+        p, q = param(device=target.device), param(device=target.device)
+        optimizer, plain = target.sgd([p], lr=0.1), target.sgd([q], lr=0.1)
+        scaler = self.scaler(target.device)
+        scaler.scale((p * p).sum()).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_([p], 1.0)
+        scaler.step(optimizer)
+        (q * q).sum().backward()
+        torch.nn.utils.clip_grad_norm_([q], 1.0)
+        plain.step()
+        assert same_bits(p, q)
+        assert optimizer.step_was_skipped is False
+
+    def test_a_step_without_a_scaler_is_not_skipped(self, target):
+        p = param(device=target.device)
+        optimizer = target.sgd([p], lr=0.1)
+        optimizer.found_inf = torch.tensor(1.0)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert optimizer.step_was_skipped is True
+        del optimizer.found_inf
+        optimizer.step()
+        assert optimizer.step_was_skipped is False

@@ -1,0 +1,82 @@
+"""Sparse gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+import texp
+import texp.groups
+from tests.conftest import relative_error, same_bits
+from tests.states import assert_unchanged, param, snapshot
+
+
+class TestSparse:
+    ROWS = 6
+
+    def grad(self, *rows: int, scale: float = 1.0) -> torch.Tensor:
+        values = torch.arange(1.0, 3 * len(rows) + 1, dtype=torch.float64).view(-1, 3) / scale
+        return torch.sparse_coo_tensor([rows], values, (self.ROWS, 3), check_invariants=True)
+
+    def table(self, device="cpu") -> nn.Parameter:
+        torch.manual_seed(0)
+        return nn.Parameter(torch.randn(self.ROWS, 3, dtype=torch.float64).to(device))
+
+    @pytest.mark.parametrize("momentum", [0.0, 0.9])
+    @pytest.mark.parametrize("nesterov", [False, True])
+    def test_as_in_torch(self, target, momentum, nesterov):
+        tables = self.table(target.device), self.table(target.device)
+        arguments = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov and momentum > 0}
+        optimizers = target.sgd([tables[0]], **arguments), torch.optim.SGD([tables[1]], **arguments)
+        for rows in ((0, 2), (2, 3, 2), (5,)):
+            for p, optimizer in zip(tables, optimizers, strict=True):
+                p.grad = self.grad(*rows).to(target.device)
+                optimizer.step()
+        assert torch.equal(*tables)
+
+    def test_weight_decay_without_touching_rows_that_have_no_gradient(self, target):
+        """The decay goes into P: a row without a gradient keeps its bits from step to step, except that the whole
+        table is halved, exactly, whenever P passes 2. SGD with a dense decay is matched."""
+        lr, decay = 0.1, 0.5
+        p, q = self.table(target.device), self.table(target.device)
+        ours = target.sgd([p], lr=lr, weight_decay=decay, scale_invariant=True)
+        theirs = torch.optim.SGD([q], lr=lr, weight_decay=decay)
+        for t in range(40):
+            rows = (t % 3, 4)
+            untouched = [row for row in range(self.ROWS) if row not in rows]
+            before, exponent = p.detach().clone(), ours.param_groups[0]["scale_exponent"]
+            p.grad = self.grad(*rows, scale=ours.param_groups[0]["scale"]).to(target.device)
+            q.grad = self.grad(*rows).to_dense().to(target.device)
+            ours.step()
+            theirs.step()
+            halved = 2.0 ** (exponent - ours.param_groups[0]["scale_exponent"])
+            assert halved in (1.0, 0.5)
+            assert same_bits(p[untouched], before[untouched] * halved)
+        assert ours.param_groups[0]["scale_exponent"] >= 2
+        ours.fold()
+        assert relative_error(p, q) < 1e-13
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"weight_decay": 0.1}, "need a scale_invariant group without momentum"),
+            ({"weight_decay": 0.1, "momentum": 0.9, "scale_invariant": True}, "need a scale_invariant group without"),
+            ({"weight_decay": 9.0, "scale_invariant": True}, r"at most 0\.5 .* lr = 0\.1, weight_decay = 9\.0"),
+        ],
+        ids=["ordinary", "momentum", "too strong"],
+    )
+    def test_other_weight_decay_is_refused_before_anything_changes(self, target, arguments, message):
+        dense, p = param(device=target.device), self.table(target.device)
+        dense.grad, p.grad = torch.ones_like(dense), self.grad(1).to(target.device)
+        optimizer = target.sgd(
+            [{"params": [dense], "scale_invariant": True, "weight_decay": 0.1}, {"params": [p], **arguments}], lr=0.1
+        )
+        before = snapshot(optimizer)
+        with pytest.raises(RuntimeError, match=f"parameter group 1: .*{message}"):
+            optimizer.step()
+        assert_unchanged(optimizer, before)
+
+    def test_a_row_that_would_make_a_table_dense_is_refused(self):
+        hyper = texp.theory.Hyperparameters(0.1, scale_invariant=True)
+        with pytest.raises(RuntimeError, match="no decay may be carried in the momentum"):
+            texp.groups.check_sparse(0, hyper, texp.theory.Row(a_p=0.1))
+        texp.groups.check_sparse(0, hyper, texp.theory.Row(a_g=1.0))
