@@ -26,10 +26,10 @@ lint: $(READY)
 
 # torch is installed by its exact version, and only where there is none that is new enough: a range, like that of the
 # package itself, would fetch the newest.
-$(READY): setup.py pyproject.toml Makefile
+$(READY): setup.py pyproject.toml Makefile $(wildcard csrc/*)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch; assert torch.__version__ >= (2, 6)" 2>/dev/null || $(BIN)/pip install "torch==2.13.0"
-	$(BIN)/pip install "setuptools>=77"
+	$(BIN)/pip install "setuptools>=77" ninja
 	$(BIN)/pip install --no-build-isolation -e ".[demo,test]"
 	touch $@
 

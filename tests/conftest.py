@@ -21,14 +21,14 @@ hypothesis.settings.load_profile("fixed")
 class Target:
     """A backend on a device."""
 
-    backend: str
+    backend: str | None
     device: str
 
     def sgd(self, params, **arguments) -> texp.SGD:
         return texp.SGD(params, backend=self.backend, **arguments)
 
 
-DEVICES = {"reference": ("cpu", "cuda")}
+DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",)}
 
 
 def targets() -> list:
@@ -49,6 +49,13 @@ def targets() -> list:
 
 @pytest.fixture(params=targets())
 def target(request) -> Target:
+    """A backend by name."""
+    return request.param
+
+
+@pytest.fixture(params=[Target(None, "cpu"), Target("reference", "cpu")], ids=["default", "reference"])
+def general(request) -> Target:
+    """For what no kernel can take: the default backend, which leaves it to the reference, and the reference."""
     return request.param
 
 

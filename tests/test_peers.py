@@ -146,7 +146,10 @@ def _sharded(rank: int, port: int) -> None:
         arguments = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
         whole = nn.Parameter(start.clone())
         sharded = nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)]))
-        optimizers = [texp.SGD([p], scale_invariant=scale_invariant, **arguments) for p in (whole, sharded)]
+        optimizers = [
+            texp.SGD([whole], scale_invariant=scale_invariant, backend="reference", **arguments),
+            texp.SGD([sharded], scale_invariant=scale_invariant, **arguments),
+        ]
         for _ in range(12):
             g = torch.randn(7, 3, generator=generator)
             whole.grad, sharded.grad = g, distribute_tensor(g, mesh, [Shard(0)])

@@ -11,6 +11,18 @@ from tests.states import assert_unchanged, param, snapshot
 
 
 class TestSparse:
+    def test_a_backend_that_is_named_does_not_fall_back(self):
+        pytest.importorskip("texp._C", reason="without the C++ core", exc_type=ImportError)
+        dense, p = param(), self.table()
+        dense.grad, p.grad = torch.ones_like(dense), self.grad(1)
+        optimizer = texp.SGD([dense, p], lr=0.1, backend="cpu")
+        before = snapshot(optimizer)
+        with pytest.raises(
+            RuntimeError, match=r"backend='cpu' was requested, .* of shape \(6, 3\) that, .* is sparse"
+        ):
+            optimizer.step()
+        assert_unchanged(optimizer, before)
+
     ROWS = 6
 
     def grad(self, *rows: int, scale: float = 1.0) -> torch.Tensor:
@@ -23,29 +35,29 @@ class TestSparse:
 
     @pytest.mark.parametrize("momentum", [0.0, 0.9])
     @pytest.mark.parametrize("nesterov", [False, True])
-    def test_as_in_torch(self, target, momentum, nesterov):
-        tables = self.table(target.device), self.table(target.device)
+    def test_as_in_torch(self, general, momentum, nesterov):
+        tables = self.table(general.device), self.table(general.device)
         arguments = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov and momentum > 0}
-        optimizers = target.sgd([tables[0]], **arguments), torch.optim.SGD([tables[1]], **arguments)
+        optimizers = general.sgd([tables[0]], **arguments), torch.optim.SGD([tables[1]], **arguments)
         for rows in ((0, 2), (2, 3, 2), (5,)):
             for p, optimizer in zip(tables, optimizers, strict=True):
-                p.grad = self.grad(*rows).to(target.device)
+                p.grad = self.grad(*rows).to(general.device)
                 optimizer.step()
         assert torch.equal(*tables)
 
-    def test_weight_decay_without_touching_rows_that_have_no_gradient(self, target):
+    def test_weight_decay_without_touching_rows_that_have_no_gradient(self, general):
         """The decay goes into P: a row without a gradient keeps its bits from step to step, except that the whole
         table is halved, exactly, whenever P passes 2. SGD with a dense decay is matched."""
         lr, decay = 0.1, 0.5
-        p, q = self.table(target.device), self.table(target.device)
-        ours = target.sgd([p], lr=lr, weight_decay=decay, scale_invariant=True)
+        p, q = self.table(general.device), self.table(general.device)
+        ours = general.sgd([p], lr=lr, weight_decay=decay, scale_invariant=True)
         theirs = torch.optim.SGD([q], lr=lr, weight_decay=decay)
         for t in range(40):
             rows = (t % 3, 4)
             untouched = [row for row in range(self.ROWS) if row not in rows]
             before, exponent = p.detach().clone(), ours.param_groups[0]["scale_exponent"]
-            p.grad = self.grad(*rows, scale=ours.param_groups[0]["scale"]).to(target.device)
-            q.grad = self.grad(*rows).to_dense().to(target.device)
+            p.grad = self.grad(*rows, scale=ours.param_groups[0]["scale"]).to(general.device)
+            q.grad = self.grad(*rows).to_dense().to(general.device)
             ours.step()
             theirs.step()
             halved = 2.0 ** (exponent - ours.param_groups[0]["scale_exponent"])
@@ -64,10 +76,10 @@ class TestSparse:
         ],
         ids=["ordinary", "momentum", "too strong"],
     )
-    def test_other_weight_decay_is_refused_before_anything_changes(self, target, arguments, message):
-        dense, p = param(device=target.device), self.table(target.device)
-        dense.grad, p.grad = torch.ones_like(dense), self.grad(1).to(target.device)
-        optimizer = target.sgd(
+    def test_other_weight_decay_is_refused_before_anything_changes(self, general, arguments, message):
+        dense, p = param(device=general.device), self.table(general.device)
+        dense.grad, p.grad = torch.ones_like(dense), self.grad(1).to(general.device)
+        optimizer = general.sgd(
             [{"params": [dense], "scale_invariant": True, "weight_decay": 0.1}, {"params": [p], **arguments}], lr=0.1
         )
         before = snapshot(optimizer)

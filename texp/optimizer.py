@@ -1,17 +1,18 @@
 """texp.SGD: groups, state, checkpoints. The arithmetic of a step is in `texp.theory` (scalars) and in the
-backends (tensors).
+backends (tensors); which row applies to which tensor is in `texp.plan` and csrc/bindings.cpp.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd as torch_sgd
 
-from texp import backends, groups, theory
+from texp import backends, groups, plan, reference, theory
 from texp.reference import Entry
-from texp.theory import KEEP, Row, Scale
+from texp.theory import Row, Scale
 
 
 class SGD(torch.optim.Optimizer):
@@ -98,8 +99,9 @@ class SGD(torch.optim.Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if differentiable and backend not in (None, "reference"):
             raise RuntimeError(f"backend={backend!r} was requested, but a differentiable step is torch's own")
-        backends.choose(backend)
+        self._core = backends.core(backend)
         self._backend = backend
+        self._repeats = False  # whether a group holds a parameter twice, which the core's threads could not take
         super().__init__(
             params,
             {
@@ -138,6 +140,8 @@ class SGD(torch.optim.Optimizer):
                 backends.check_capturable()
             param_group = {**param_group, **{key: values[key] for key in (*groups.SCALE_KEYS, "norm_stats")}}
         super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        self._repeats = self._repeats or len(set(params)) < len(params)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step.
@@ -147,6 +151,22 @@ class SGD(torch.optim.Optimizer):
 
         Returns what the closure returned, or None.
         """
+        observed = (
+            closure is not None
+            or self._core is None
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or self._core.observed()
+        )
+        # What torch wraps around a step, hooks and a record for the profiler, costs as much as a step of a small
+        # model: it is left out where nobody looks.
+        return self._observed_step(closure) if observed else self._step()
+
+    step.hooked = True  # tells torch that step() itself sees to the hooks
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -155,59 +175,19 @@ class SGD(torch.optim.Optimizer):
         self.step_was_skipped = found_inf is not None and bool(found_inf)
         if self.step_was_skipped:
             return loss
+        scale = getattr(self, "grad_scale", None)
+        grad_scale = 1.0 if scale is None else float(scale)
         if self.defaults["differentiable"]:
             self._differentiable_step()
+        elif self._core is None or self._repeats:
+            plan.step(self.param_groups, self.state, grad_scale)
         else:
-            self._step()
+            rest = plan.Rest(self._backend, self.param_groups, self.state)
+            if self._core.step(self.param_groups, self.state, grad_scale, rest.check):
+                rest.do()
         return loss
 
-    @torch.no_grad()
-    def _step(self) -> None:
-        grad_scale = getattr(self, "grad_scale", None)
-        apply = backends.choose(self._backend)
-        # All of the step is planned before any of it is done: an error leaves everything as it was.
-        plans = [
-            self._plan(index, group, 1.0 if grad_scale is None else float(grad_scale))
-            for index, group in enumerate(self.param_groups)
-            if any(p.grad is not None for p in group["params"])
-        ]
-        for plan in plans:
-            for row, entries in plan.work:
-                apply(row, entries, foreach=plan.group["foreach"])
-            for param, buf in plan.new_bufs:
-                self.state[param]["momentum_buffer"] = buf
-            groups.set_scale(plan.group, plan.scale)
-
-    def _plan(self, index: int, group: dict[str, Any], grad_scale: float) -> "_Plan":
-        if group["capturable"]:
-            backends.check_capturable()
-        hyper = groups.hyperparameters(group)
-        entries = [Entry(p, p.grad, self._buf(p)) for p in group["params"]]
-        try:
-            step = theory.advance(groups.scale_of(group), hyper, first=_all_first(entries), grad_scale=grad_scale)
-        except ValueError as error:
-            raise ValueError(f"parameter group {index}: {error}") from None
-        work: dict[Row, list[Entry]] = {}
-        new_bufs = []
-        for entry in entries:
-            if entry.grad is None:
-                row = step.idle
-            elif entry.buf is None and hyper.momentum != 0:
-                row = step.first
-                entry = entry._replace(buf=_empty_buf(entry))
-                new_bufs.append((entry.param, entry.buf))
-            else:
-                row = step.running
-            if any(x is not None and x.layout != torch.strided for x in entry):
-                groups.check_sparse(index, hyper, row)
-            if entry.buf is not None:
-                _check_buf(index, entry)
-            work.setdefault(row, []).append(entry)
-        for stat, power in group["norm_stats"]:
-            work.setdefault(step.norm_stat(power), []).append(Entry(stat))
-        for nothing in (KEEP, Row()):
-            work.pop(nothing, None)
-        return _Plan(group, step.scale, list(work.items()), new_bufs)
+    _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     @torch.enable_grad()
     def _differentiable_step(self) -> None:
@@ -216,7 +196,7 @@ class SGD(torch.optim.Optimizer):
                 raise RuntimeError(f"parameter group {index} is scale_invariant: its step cannot be differentiable")
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            bufs = [self._buf(p) for p in params]
+            bufs = [plan.buf_of(self.state, p) for p in params]
             torch_sgd(
                 params,
                 [p.grad for p in params],
@@ -235,9 +215,6 @@ class SGD(torch.optim.Optimizer):
                 for param, buf in zip(params, bufs, strict=True):
                     self.state[param]["momentum_buffer"] = buf
 
-    def _buf(self, param: Tensor) -> Tensor | None:
-        return self.state[param].get("momentum_buffer") if param in self.state else None
-
     @torch.no_grad()
     def fold(self) -> None:
         """Turns every scale-invariant group into the weights θ and momentum v that torch.optim.SGD would hold.
@@ -245,14 +222,13 @@ class SGD(torch.optim.Optimizer):
         Parameters, momentum buffers and norm_stats are modified in place (one rounding each); the scale starts
         again at P = 1, κ = 0. Training can go on, in the same form or as an ordinary group.
         """
-        apply = backends.choose(self._backend)
         for group in self.param_groups:
             scale = groups.scale_of(group)
             if (scale.P, scale.kappa) != (1.0, 0.0):
-                entries = [Entry(p, buf=self._buf(p)) for p in group["params"]]
-                apply(theory.fold_row(scale), entries, foreach=group["foreach"])
+                entries = [Entry(p, buf=plan.buf_of(self.state, p)) for p in group["params"]]
+                reference.apply(theory.fold_row(scale), entries, foreach=group["foreach"])
                 for stat, power in group["norm_stats"]:
-                    apply(Row(s_p=scale.P**-power), [Entry(stat)])
+                    reference.apply(Row(s_p=scale.P**-power), [Entry(stat)])
             groups.set_scale(group, Scale())
 
     def log10_lr(self) -> list[float]:
@@ -263,7 +239,7 @@ class SGD(torch.optim.Optimizer):
             theory.log10_lr(
                 groups.scale_of(group),
                 groups.hyperparameters(group),
-                first=_all_first([Entry(p, buf=self._buf(p)) for p in group["params"]]),
+                first=plan.all_first([Entry(p, buf=plan.buf_of(self.state, p)) for p in group["params"]]),
             )
             for group in self.param_groups
         ]
@@ -298,43 +274,15 @@ class SGD(torch.optim.Optimizer):
             group["norm_stats"] = stats
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend}
+        return {**super().__getstate__(), "_backend": self._backend, "_repeats": self._repeats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called when unpickled, and by torch's load_state_dict."""
         super().__setstate__(state)
+        self._core = backends.core(self._backend)
         for group in self.param_groups:
             for key, value in (*groups.TORCH_DEFAULTS.items(), *groups.SCALE_KEYS.items()):
                 group.setdefault(key, value)
         for param, values in self.state.items():
             if isinstance(buf := values.get("momentum_buffer"), groups.AsSaved):
                 values["momentum_buffer"] = buf.tensor.to(param.device)
-
-
-class _Plan(NamedTuple):
-    """What one step does to one group."""
-
-    group: dict[str, Any]
-    scale: Scale  # after the step
-    work: list[tuple[Row, list[Entry]]]
-    new_bufs: list[tuple[Tensor, Tensor]]
-
-
-def _all_first(entries: list[Entry]) -> bool:
-    return all(entry.buf is None for entry in entries)
-
-
-def _check_buf(index: int, entry: Entry) -> None:
-    """That a buffer which somebody put there fits."""
-    param, grad, buf = entry
-    would_densify = buf.layout != torch.strided and grad is not None and grad.layout == torch.strided
-    if buf.shape != param.shape or would_densify:
-        raise RuntimeError(
-            f"parameter group {index}: a momentum buffer of shape {tuple(buf.shape)} and layout {buf.layout} does "
-            f"not fit a parameter of shape {tuple(param.shape)}{' with a dense gradient' if would_densify else ''}"
-        )
-
-
-def _empty_buf(entry: Entry) -> Tensor:
-    dense = entry.grad.layout == torch.strided
-    return torch.zeros_like(entry.param if dense else entry.grad)

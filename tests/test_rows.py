@@ -1,4 +1,4 @@
-"""texp.reference against the four equations of a row, evaluated in float64 one operation at a time."""
+"""What applies a row, texp.reference and the kernels, against its four equations in float64."""
 
 import pytest
 import torch
@@ -6,12 +6,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import same_bits
-from texp.reference import Entry, apply
+from texp import backends, reference
+from texp.reference import Entry
 from texp.theory import KEEP, Row
 
 ORDINARY = Row(a_b=0.9, a_g=1.0, a_p=0.01, c_u=1.0, e=0.1, r_u=1.0)
 EXPONENTIAL = Row(a_b=0.9, a_g=0.7, a_p=0.002, c_u=0.9, c_g=1.0, c_p=0.003, s_p=0.5, e=0.06, r_u=1.98, r_d=0.001)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64]
+
+
+def foreach(row, entries):
+    reference.apply(row, entries, foreach=True)
+
+
+def core(row, entries):
+    backends.core("cpu").apply(row, entries)
+
+
+APPLY = [
+    reference.apply,
+    foreach,
+    pytest.param(core, marks=pytest.mark.skipif(backends.core(None) is None, reason="without the C++ core")),
+]
+each_apply = pytest.mark.parametrize("apply", APPLY)
 
 SHAPES = {
     "0-dim": lambda make: make(()),
@@ -42,13 +59,13 @@ def bounds(row: Row, p, g, b, dtype: torch.dtype):
     return ((10 * eps + own / 2) * size + floor for size in (size_p, size_b))
 
 
-def check(row, p, g, b, *, dtype=None, **arguments):
+def check(apply, row, p, g, b, *, dtype=None):
     wide = torch.complex128 if p.is_complex() else torch.float64
     before = [x.to(wide) for x in (p, g, b)]
     g_before = g.clone()
     expected = definition(row, *before)
     within = bounds(row, *before, dtype or p.dtype)
-    apply(row, [Entry(p, g, b)], **arguments)
+    apply(row, [Entry(p, g, b)])
     for actual, value, bound in zip((p, b), expected, within, strict=True):
         assert ((actual.to(wide) - value).abs() <= bound).all()
     assert same_bits(g, g_before)
@@ -57,31 +74,39 @@ def check(row, p, g, b, *, dtype=None, **arguments):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("row", [ORDINARY, EXPONENTIAL], ids=["ordinary", "exponential"])
-@pytest.mark.parametrize("foreach", [False, True])
-def test_every_dtype_and_shape(dtype, shape, row, foreach):
+@each_apply
+def test_every_dtype_and_shape(dtype, shape, row, apply):
+    if apply is core and dtype.is_complex:
+        with pytest.raises(ValueError, match="is not float32, float64, bfloat16 or float16"):
+            core(row, [Entry(torch.zeros(3, dtype=dtype))])
+        return
     generator = torch.Generator().manual_seed(1)
     p, g, b = (SHAPES[shape](lambda size: torch.randn(size, generator=generator, dtype=dtype)) for _ in "pgb")
-    check(row, p, g, b, foreach=foreach)
+    check(apply, row, p, g, b)
 
 
-def test_a_wider_buffer_and_grad_strides_that_differ():
-    p = torch.randn(8, 6).bfloat16()
-    check(EXPONENTIAL, p, torch.randn(6, 8).bfloat16().t(), torch.randn(8, 6), dtype=torch.bfloat16)
+@each_apply
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_wider_buffer_and_grad_strides_that_differ(apply, dtype):
+    p = torch.randn(8, 6).to(dtype)
+    check(apply, EXPONENTIAL, p, torch.randn(6, 8).to(dtype).t(), torch.randn(8, 6), dtype=dtype)
 
 
 scalars = st.sampled_from([0.0, 1.0, -1.0, 0.5, 0.3])
 
 
+@each_apply
 @given(row=st.builds(Row, *[scalars] * 10), scale=st.sampled_from([1.0, 0.5]))
-def test_any_row(row, scale):
+def test_any_row(apply, row, scale):
     """Also those with zeros and ones in unusual places, where operands could be mistaken for results."""
     row = row._replace(s_p=scale)
     p, g, b = torch.randn(3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    check(row, p, g, b)
+    check(apply, row, p, g, b)
 
 
+@each_apply
 @given(row=st.builds(Row, *[scalars] * 10), missing=st.sampled_from(["grad", "buf", "both"]))
-def test_a_missing_grad_or_buffer_is_zero(row, missing):
+def test_a_missing_grad_or_buffer_is_zero(apply, row, missing):
     p, g, b = torch.randn(3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     g = None if missing != "buf" else g
     b = None if missing != "grad" else b
@@ -95,12 +120,13 @@ def test_a_missing_grad_or_buffer_is_zero(row, missing):
 
 def test_an_operand_whose_scalar_is_zero_is_not_read():
     p, b = torch.ones(3), torch.full((3,), torch.nan)
-    apply(Row(a_g=1.0, c_u=1.0, e=1.0, r_u=1.0), [Entry(p, torch.ones(3), b)])
+    reference.apply(Row(a_g=1.0, c_u=1.0, e=1.0, r_u=1.0), [Entry(p, torch.ones(3), b)])
     assert torch.equal(p, torch.zeros(3))
     assert torch.equal(b, torch.ones(3))
 
 
-def test_one_rounding_to_the_dtype_of_the_parameter():
+@each_apply
+def test_one_rounding_to_the_dtype_of_the_parameter(apply):
     """bf16 arithmetic would round at each of the four lines: here p is the nearest bf16 to the float32 result."""
     p, g, b = (torch.randn(1000).bfloat16() for _ in "pgb")
     wide = [x.float() for x in (p, g, b)]
@@ -119,13 +145,14 @@ def test_a_batch_of_mixed_kinds_is_the_same_as_one_by_one():
                 yield from (Entry(p, g, b), Entry(p.clone(), g), Entry(p.clone(), g, b.float().clone()))
 
     one_by_one, batched = list(entries()), list(entries())
-    apply(EXPONENTIAL, one_by_one, foreach=False)
-    apply(EXPONENTIAL, batched, foreach=True)
+    reference.apply(EXPONENTIAL, one_by_one, foreach=False)
+    reference.apply(EXPONENTIAL, batched, foreach=True)
     for a, b in zip(one_by_one, batched, strict=True):
         assert all((x is None and y is None) or same_bits(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_version_counters_are_bumped():
+@each_apply
+def test_version_counters_are_bumped(apply):
     p, b = torch.ones(3), torch.ones(3)
     versions = p._version, b._version
     apply(ORDINARY, [Entry(p, torch.ones(3), b)])
@@ -137,13 +164,14 @@ def test_rows_of_a_table_without_a_gradient_keep_their_bits():
     p = torch.randn(6, 3)
     before = p.clone()
     g = torch.sparse_coo_tensor([[1, 4, 1]], torch.ones(3, 3), (6, 3), check_invariants=True)
-    apply(Row(c_g=1.0, e=0.5), [Entry(p, g)])
+    reference.apply(Row(c_g=1.0, e=0.5), [Entry(p, g)])
     untouched = [0, 2, 3, 5]
     assert same_bits(p[untouched], before[untouched])
     assert torch.allclose(p[[1, 4]], before[[1, 4]] - torch.tensor([[1.0], [0.5]]))
 
 
-def test_keep_keeps():
+@each_apply
+def test_keep_keeps(apply):
     p, b = torch.randn(5).bfloat16(), torch.randn(5)
     before = p.clone(), b.clone()
     apply(KEEP, [Entry(p, None, b)])

@@ -1,0 +1,473 @@
+// The host side of a step: walks the groups of an optimizer, checks everything, chooses each tensor's row, and runs the
+// kernel. It builds no Python lists, and changes nothing before all checks have passed.
+#include <ATen/NativeFunctions.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <deque>
+#include <optional>
+#include <string>
+
+#include "scale.h"
+#include "step.h"
+
+namespace py = pybind11;
+
+namespace texp {
+namespace {
+
+// Names of keys and attributes, made once.
+struct Names {
+#define TEXP_NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
+  TEXP_NAME(params);
+  TEXP_NAME(lr);
+  TEXP_NAME(momentum);
+  TEXP_NAME(dampening);
+  TEXP_NAME(weight_decay);
+  TEXP_NAME(nesterov);
+  TEXP_NAME(maximize);
+  TEXP_NAME(scale_invariant);
+  TEXP_NAME(capturable);
+  TEXP_NAME(scale);
+  TEXP_NAME(scale_exponent);
+  TEXP_NAME(carried_decay);
+  TEXP_NAME(norm_stats);
+  TEXP_NAME(momentum_buffer);
+  TEXP_NAME(grad);
+#undef TEXP_NAME
+};
+
+const Names& names() {
+  static const Names made;
+  return made;
+}
+
+PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);  // borrowed
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+PyObject* required(PyObject* group, PyObject* key) {
+  PyObject* value = item(group, key);
+  if (value == nullptr) throw py::key_error(PyUnicode_AsUTF8(key));
+  return value;
+}
+
+double number(PyObject* group, PyObject* key) {
+  PyObject* value = required(group, key);
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  if (THPVariable_Check(value)) return THPVariable_Unpack(value).item().toDouble();
+  const double converted = PyFloat_AsDouble(value);
+  if (converted == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return converted;
+}
+
+bool flag(PyObject* group, PyObject* key) {
+  const int truth = PyObject_IsTrue(required(group, key));
+  if (truth < 0) throw py::error_already_set();
+  return truth != 0;
+}
+
+[[noreturn]] void refuse(Py_ssize_t group, PyObject* name, const char* what, double value) {
+  char* text = PyOS_double_to_string(value, 'r', 0, Py_DTSF_ADD_DOT_0, nullptr);
+  const std::string message = "parameter group " + std::to_string(group) + ": " + PyUnicode_AsUTF8(name) +
+                              " must be a finite number" + what + ", got " + text;
+  PyMem_Free(text);
+  throw py::value_error(message);
+}
+
+Hyperparameters hyperparameters(PyObject* group, Py_ssize_t index) {
+  const Names& key = names();
+  const Hyperparameters h{
+      .lr = number(group, key.lr),
+      .momentum = number(group, key.momentum),
+      .dampening = number(group, key.dampening),
+      .weight_decay = number(group, key.weight_decay),
+      .nesterov = flag(group, key.nesterov),
+      .maximize = flag(group, key.maximize),
+      .scale_invariant = flag(group, key.scale_invariant),
+  };
+  const auto at_least_0 = [&](PyObject* name, double value) {
+    if (!(std::isfinite(value) && value >= 0)) refuse(index, name, " of at least 0", value);
+  };
+  at_least_0(key.lr, h.lr);
+  at_least_0(key.momentum, h.momentum);
+  at_least_0(key.weight_decay, h.weight_decay);
+  if (!std::isfinite(h.dampening)) refuse(index, key.dampening, "", h.dampening);
+  return h;
+}
+
+Scale scale_of(PyObject* group) {
+  const Names& key = names();
+  return {number(group, key.scale), static_cast<int64_t>(number(group, key.scale_exponent)),
+          number(group, key.carried_decay)};
+}
+
+void set(PyObject* dict, PyObject* key, py::object value) {
+  if (PyDict_SetItem(dict, key, value.ptr()) != 0) throw py::error_already_set();
+}
+
+void set_scale(PyObject* group, const Scale& scale) {
+  const Names& key = names();
+  set(group, key.scale, py::float_(scale.P));
+  set(group, key.scale_exponent, py::int_(scale.exponent));
+  set(group, key.carried_decay, py::float_(scale.kappa));
+}
+
+// optimizer.state[param], or null. A tensor hashes by identity in a Python method, which would cost more than the look-up.
+PyObject* state_of(PyObject* state, PyObject* param) {
+#if PY_VERSION_HEX < 0x030E0000
+  PyObject* values = _PyDict_GetItem_KnownHash(state, param, reinterpret_cast<Py_hash_t>(param));
+  if (values == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return values;
+#else
+  return item(state, param);
+#endif
+}
+
+PyObject* buffer_of(PyObject* state, PyObject* param) {
+  PyObject* values = state_of(state, param);
+  if (values == nullptr || !PyDict_Check(values)) return nullptr;
+  PyObject* buf = item(values, names().momentum_buffer);
+  return buf == Py_None ? nullptr : buf;
+}
+
+// Why the kernel cannot take a tensor, or null.
+const char* unsupported(const at::Tensor& t) {
+  if (!t.device().is_cpu()) return "is not on the CPU";
+  if (t.layout() != at::kStrided) return "is sparse";
+  constexpr c10::DispatchKeySet lazy{c10::DispatchKey::Python, c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
+                                     c10::DispatchKey::ZeroTensor};
+  if (t.key_set().has_any(lazy)) return "is a subclass or a lazy view of a tensor";
+  switch (t.scalar_type()) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kBFloat16:
+    case at::kHalf:
+      return nullptr;
+    default:
+      return "is not float32, float64, bfloat16 or float16";
+  }
+}
+
+Dtype dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble:
+      return Dtype::float64;
+    case at::kBFloat16:
+      return Dtype::bfloat16;
+    case at::kHalf:
+      return Dtype::float16;
+    default:
+      return Dtype::float32;
+  }
+}
+
+bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
+  return a.is_non_overlapping_and_dense() && b.is_non_overlapping_and_dense();
+}
+
+// What one step is going to do, gathered before any of it is done.
+class Plan {
+ public:
+  // The memory of the last step serves the next one.
+  void clear() {
+    rows_.narrow.clear();
+    rows_.wide.clear();
+    items_.clear();
+    written_.clear();
+    written_back_.clear();
+    copies_.clear();
+    elements_ = 0;
+  }
+
+  int32_t add_row(const Row<double>& row) { return rows_.add(row); }
+
+  // Takes p, g and b (null: none) if the kernel can; otherwise returns the reason and takes nothing.
+  const char* take(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
+    if (usual(p) && (g == nullptr || usual(*g, p)) && (b == nullptr || usual(*b, p))) {
+      push(p, p, g, b, b, row);
+      return nullptr;
+    }
+    if (const char* reason = unsupported(p)) return reason;
+    if (g != nullptr) {
+      if (const char* reason = unsupported(*g)) return reason;
+      if (g->scalar_type() != p.scalar_type()) return "has another dtype than its gradient";
+      if (g->sizes() != p.sizes()) return "has another shape than its gradient";
+    }
+    if (b != nullptr) {
+      if (const char* reason = unsupported(*b)) return reason;
+      const bool narrow = p.scalar_type() != at::kDouble;
+      if (b->scalar_type() != p.scalar_type() && !(narrow && b->scalar_type() == at::kFloat))
+        return "has a momentum buffer that is neither of its dtype nor float32";
+      if (b->sizes() != p.sizes()) return "has another shape than its momentum buffer";
+    }
+    const bool dense = p.is_contiguous() || p.is_non_overlapping_and_dense();
+    const at::Tensor& p_flat = dense ? p : flattened(p, p, true);
+    const at::Tensor* g_flat = g == nullptr || same_layout(p_flat, *g) ? g : &flattened(*g, p_flat, false);
+    const at::Tensor* b_flat = b == nullptr || same_layout(p_flat, *b) ? b : &flattened(*b, p_flat, true);
+    push(p, p_flat, g_flat, b, b_flat, row);
+    return nullptr;
+  }
+
+  void run() {
+    {
+      // Letting other threads have the interpreter pays for steps that take longer than the handing over.
+      std::optional<py::gil_scoped_release> release;
+      if (elements_ > 100'000) release.emplace();
+      step_cpu(items_, rows_);
+    }
+    for (auto& [original, flat] : written_back_) original.copy_(flat);
+    for (c10::TensorImpl* impl : written_)
+      if (!impl->is_inference()) impl->bump_version();
+  }
+
+ private:
+  // Whether t is as most tensors are, so that nothing else needs to be asked: on the CPU, strided, contiguous, float32.
+  static bool usual(const at::Tensor& t) {
+    static const uint64_t plain = at::empty({0}).key_set().raw_repr();
+    return t.key_set().raw_repr() == plain && t.scalar_type() == at::kFloat && t.is_contiguous();
+  }
+  static bool usual(const at::Tensor& t, const at::Tensor& p) { return usual(t) && t.sizes() == p.sizes(); }
+
+  void push(const at::Tensor& p, const at::Tensor& p_flat, const at::Tensor* g_flat, const at::Tensor* b,
+            const at::Tensor* b_flat, int32_t row) {
+    items_.push_back({
+        .p = p_flat.mutable_data_ptr(),
+        .g = g_flat == nullptr ? nullptr : g_flat->const_data_ptr(),
+        .b = b_flat == nullptr ? nullptr : b_flat->mutable_data_ptr(),
+        .numel = p.numel(),
+        .row = row,
+        .dtype = dtype_of(p),
+        .b_dtype = b == nullptr ? dtype_of(p) : dtype_of(*b),
+    });
+    written_.push_back(p.unsafeGetTensorImpl());
+    if (b != nullptr) written_.push_back(b->unsafeGetTensorImpl());
+    elements_ += p.numel();
+  }
+
+  // A copy in the order of elements of `like`, or row-major where that has gaps.
+  const at::Tensor& flattened(const at::Tensor& t, const at::Tensor& like, bool write_back) {
+    const bool dense = like.is_non_overlapping_and_dense();
+    at::Tensor flat = dense ? at::empty_strided(like.sizes(), like.strides(), t.options())
+                            : at::empty(like.sizes(), t.options());
+    flat.copy_(t);
+    copies_.push_back(flat);
+    if (write_back) written_back_.emplace_back(t, flat);
+    return copies_.back();
+  }
+
+  Rows rows_;
+  std::vector<Item> items_;
+  std::vector<c10::TensorImpl*> written_;
+  std::deque<at::Tensor> copies_;  // a deque, so that references stay valid
+  std::vector<std::pair<at::Tensor, at::Tensor>> written_back_;
+  int64_t elements_ = 0;
+};
+
+py::tuple as_tuple(const Row<double>& r) {
+  return py::make_tuple(r.a_b, r.a_g, r.a_p, r.c_u, r.c_g, r.c_p, r.s_p, r.e, r.r_u, r.r_d);
+}
+
+bool keeps(const Row<double>& r) {
+  return r.a_b == 1 && r.a_g == 0 && r.a_p == 0 && r.c_u == 0 && r.c_g == 0 && r.c_p == 0 && r.s_p == 1 && r.e == 0 &&
+         r.r_u == 1 && r.r_d == 0;
+}
+
+struct Param {
+  PyObject* object;
+  const at::Tensor* grad;  // of a torch.Tensor or Parameter; null: none
+  PyObject* foreign_grad;  // of a subclass, fetched through Python; null: none
+  PyObject* buf;           // null: none
+  bool exact;              // a torch.Tensor or Parameter
+
+  bool has_grad() const { return grad != nullptr || foreign_grad != nullptr; }
+  py::object grad_object() const {
+    if (grad != nullptr) return py::reinterpret_steal<py::object>(THPVariable_Wrap(*grad));
+    return py::reinterpret_borrow<py::object>(foreign_grad != nullptr ? foreign_grad : Py_None);
+  }
+};
+
+// What a step works with, kept from step to step for its memory.
+struct Scratch {
+  Plan plan;
+  std::vector<Param> params;                                // of one group
+  std::vector<py::object> foreign_grads;                    // keeps them alive
+  std::vector<std::pair<PyObject*, Scale>> scales;          // of groups, after the step
+  std::vector<std::pair<PyObject*, at::Tensor>> new_bufs;   // of parameters that take their first step
+  bool busy = false;
+
+  void clear() {
+    plan.clear();
+    params.clear();
+    foreign_grads.clear();
+    scales.clear();
+    new_bufs.clear();
+  }
+};
+
+Param param_of(PyObject* object, std::vector<py::object>& foreign_grads) {
+  Param param{object, nullptr, nullptr, nullptr, THPVariable_CheckExact(object)};
+  if (param.exact) {
+    const at::Tensor& grad = THPVariable_Unpack(object).unsafeGetTensorImpl()->grad();
+    if (grad.defined()) param.grad = &grad;
+  } else {
+    py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, names().grad));
+    if (!grad) throw py::error_already_set();
+    if (!grad.is_none()) {
+      param.foreign_grad = grad.ptr();
+      foreign_grads.push_back(std::move(grad));
+    }
+  }
+  return param;
+}
+
+// Takes one step of all tensors that the kernel can take.
+//
+// Returns what is left to do: a list of (group index, reason, row, param, grad, buffer or None, whether the buffer is to be
+// made). `check` is called with that list, if it is not empty, before anything is changed; it may raise.
+py::list step(const py::list& groups, const py::dict& state, double grad_scale, const py::object& check) {
+  const Names& key = names();
+  at::NoGradGuard no_grad;
+  thread_local Scratch kept;
+  std::optional<Scratch> own;  // where `check` or a hook steps another optimizer meanwhile
+  if (kept.busy) own.emplace();
+  Scratch& scratch = own ? *own : kept;
+  struct Busy {
+    Scratch& scratch;
+    explicit Busy(Scratch& s) : scratch(s) { s.busy = true; }
+    ~Busy() {
+      scratch.clear();
+      scratch.busy = false;
+    }
+  } busy(scratch);
+  Plan& plan = scratch.plan;
+  std::vector<Param>& params = scratch.params;
+  py::list left;
+
+  for (Py_ssize_t index = 0; index < PyList_GET_SIZE(groups.ptr()); ++index) {
+    PyObject* group = PyList_GET_ITEM(groups.ptr(), index);
+    PyObject* list = required(group, key.params);
+    params.clear();
+    bool steps = false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+      params.push_back(param_of(PyList_GET_ITEM(list, i), scratch.foreign_grads));
+      steps = steps || params.back().has_grad();
+    }
+    if (!steps) continue;
+
+    if (flag(group, key.capturable)) py::module_::import("texp.backends").attr("check_capturable")();
+    const Hyperparameters h = hyperparameters(group, index);
+    const Scale scale = scale_of(group);
+    const bool ordinary = !h.scale_invariant && scale.P == 1 && scale.kappa == 0;
+    bool first = true;
+    if (h.momentum != 0 || !ordinary) {
+      for (Param& param : params) {
+        param.buf = buffer_of(state.ptr(), param.object);
+        first = first && param.buf == nullptr;
+      }
+    }
+    const Step rows = advance(scale, h, first, grad_scale);
+    if (!ordinary) scratch.scales.emplace_back(group, rows.scale);
+
+    struct Choice {
+      const Row<double>& row;
+      int32_t index = -1;
+    } running{rows.running}, starting{rows.first}, idle{rows.idle};
+    const bool idle_keeps = keeps(rows.idle);
+    for (const Param& param : params) {
+      if (!param.has_grad() && idle_keeps) continue;
+      const bool starts = param.has_grad() && param.buf == nullptr && h.momentum != 0;
+      Choice& choice = !param.has_grad() ? idle : starts ? starting : running;
+      if (choice.index < 0) choice.index = plan.add_row(choice.row);
+      const char* reason = "is a subclass of torch.Tensor";
+      if (param.exact && (param.buf == nullptr || THPVariable_CheckExact(param.buf))) {
+        const at::Tensor& p = THPVariable_Unpack(param.object);
+        if (!starts) {
+          reason = plan.take(p, param.grad, param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf), choice.index);
+        } else if ((reason = unsupported(p)) == nullptr && (reason = unsupported(*param.grad)) == nullptr) {
+          scratch.new_bufs.emplace_back(param.object, at::zeros_like(p));
+          reason = plan.take(p, param.grad, &scratch.new_bufs.back().second, choice.index);
+          if (reason != nullptr) scratch.new_bufs.pop_back();
+        }
+      }
+      if (reason != nullptr) {
+        left.append(py::make_tuple(index, reason, as_tuple(choice.row), py::handle(param.object), param.grad_object(),
+                                   py::reinterpret_borrow<py::object>(param.buf == nullptr ? Py_None : param.buf), starts));
+      }
+    }
+    PyObject* stats = rows.growth == 1 ? nullptr : item(group, key.norm_stats);
+    for (Py_ssize_t i = 0; stats != nullptr && i < PyList_GET_SIZE(stats); ++i) {
+      const auto pair = py::reinterpret_borrow<py::tuple>(PyList_GET_ITEM(stats, i));
+      Row<double> row{};
+      row.s_p = std::pow(rows.growth, pair[1].cast<double>());
+      const char* reason = "is a subclass of torch.Tensor";
+      if (THPVariable_CheckExact(pair[0].ptr()))
+        reason = plan.take(THPVariable_Unpack(pair[0].ptr()), nullptr, nullptr, plan.add_row(row));
+      if (reason != nullptr)
+        left.append(py::make_tuple(index, reason, as_tuple(row), pair[0], py::none(), py::none(), false));
+    }
+  }
+
+  if (PyList_GET_SIZE(left.ptr()) != 0) check(left);
+  plan.run();
+  for (auto& [param, buf] : scratch.new_bufs) {
+    const py::object values = state[py::handle(param)];
+    set(values.ptr(), key.momentum_buffer, py::reinterpret_steal<py::object>(THPVariable_Wrap(buf)));
+  }
+  for (const auto& [group, scale] : scratch.scales) set_scale(group, scale);
+  return left;
+}
+
+Row<double> as_row(const py::tuple& t) {
+  const auto at = [&](size_t i) { return t[i].cast<double>(); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
+}
+
+// theory.advance, for tests: rows of a running, a first and an idle tensor, the scale after the step, and growth.
+py::tuple advance_tuple(const py::tuple& scale, const py::tuple& h, bool first, double grad_scale) {
+  const Step step =
+      advance({scale[0].cast<double>(), scale[1].cast<int64_t>(), scale[2].cast<double>()},
+              {h[0].cast<double>(), h[1].cast<double>(), h[2].cast<double>(), h[3].cast<double>(), h[4].cast<bool>(),
+               h[5].cast<bool>(), h[6].cast<bool>()},
+              first, grad_scale);
+  return py::make_tuple(as_tuple(step.running), as_tuple(step.first), as_tuple(step.idle),
+                        py::make_tuple(step.scale.P, step.scale.exponent, step.scale.kappa), step.growth);
+}
+
+// texp.reference.apply for tensors that the kernel can take; raises ValueError, with the reason, for others.
+void apply(const py::tuple& row, const py::iterable& entries) {
+  at::NoGradGuard no_grad;
+  Plan plan;
+  const int32_t index = plan.add_row(as_row(row));
+  const auto tensor = [](const py::handle& object) -> const at::Tensor* {
+    if (object.is_none()) return nullptr;
+    if (!THPVariable_CheckExact(object.ptr())) throw py::value_error("a tensor is a subclass of torch.Tensor");
+    return &THPVariable_Unpack(object.ptr());
+  };
+  const py::list kept(entries);
+  for (const py::handle& entry : kept) {
+    const auto t = py::reinterpret_borrow<py::tuple>(entry);
+    if (const char* reason = plan.take(*tensor(t[0]), tensor(t[1]), tensor(t[2]), index))
+      throw py::value_error(std::string("a tensor ") + reason);
+  }
+  plan.run();
+}
+
+}  // namespace
+}  // namespace texp
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The C++ core of texp; see texp/optimizer.py and texp/backends.py.";
+  module.def("observed", &at::hasCallbacks, "Whether a profiler or another observer is to see the next step.");
+  module.def("step", &texp::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"), py::arg("check"));
+  module.def("advance", &texp::advance_tuple, py::arg("scale"), py::arg("hyper"), py::arg("first"), py::arg("grad_scale"));
+  module.def("apply", &texp::apply, py::arg("row"), py::arg("entries"));
+}

@@ -1,0 +1,43 @@
+// One step for one element, as a row of ten scalars. CPU and CUDA code share this file and compute the same bits.
+#pragma once
+
+#if defined(__CUDACC__)
+#define TEXP_INLINE __host__ __device__ __forceinline__
+#else
+#define TEXP_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace texp {
+
+// With weight p, gradient g and momentum buffer b:
+//
+//     u = a_b·b + a_g·g + a_p·p
+//     d = c_u·u + c_g·g + c_p·p
+//     p ← s_p·p − e·d
+//     b ← r_u·u + r_d·d
+//
+// torch.optim.SGD and the exponential form of Li & Arora (ICLR 2020) are both such rows; texp/theory.py says which.
+template <class T>
+struct Row {
+  T a_b, a_g, a_p, c_u, c_g, c_p, s_p, e, r_u, r_d;
+
+  template <class U>
+  Row<U> to() const {
+    return {U(a_b), U(a_g), U(a_p), U(c_u), U(c_g), U(c_p), U(s_p), U(e), U(r_u), U(r_d)};
+  }
+};
+
+// Fused by name, so that it does not depend on compiler flags.
+TEXP_INLINE float fused(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
+TEXP_INLINE double fused(double x, double y, double z) { return __builtin_fma(x, y, z); }
+
+template <class T>
+TEXP_INLINE void update(const Row<T>& row, T& p, T g, T& b) {
+  // The products that are not fused are those with a scalar that is 1 in ordinary SGD: they are exact.
+  const T u = fused(row.a_b, b, fused(row.a_p, p, row.a_g * g));
+  const T d = fused(row.c_u, u, fused(row.c_p, p, row.c_g * g));
+  p = fused(-row.e, d, row.s_p * p);
+  b = fused(row.r_d, d, row.r_u * u);
+}
+
+}  // namespace texp

@@ -1,0 +1,39 @@
+// What a step is given, on any device: tensors as pointers, and the rows that apply to them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "row.h"
+
+namespace texp {
+
+enum class Dtype : uint8_t { float32, float64, bfloat16, float16 };
+
+// One tensor, dense, p, g and b in the same order of elements.
+struct Item {
+  void* p;        // modified in place
+  const void* g;  // read; null: 0
+  void* b;        // modified in place; null: 0, not written
+  int64_t numel;
+  int32_t row;    // index into the rows of the step
+  Dtype dtype;    // of p and g
+  Dtype b_dtype;  // that of p, or float32
+};
+
+// Arithmetic is in float32, in float64 for float64 tensors.
+struct Rows {
+  std::vector<Row<float>> narrow;
+  std::vector<Row<double>> wide;
+
+  int32_t add(const Row<double>& row) {
+    narrow.push_back(row.to<float>());
+    wide.push_back(row);
+    return static_cast<int32_t>(wide.size()) - 1;
+  }
+};
+
+// Applies to each item its row, in one pass over one index space, split over torch's threads.
+void step_cpu(const std::vector<Item>& items, const Rows& rows);
+
+}  // namespace texp

@@ -1,0 +1,164 @@
+// A step on the CPU: all tensors of all groups as one index space, split once over torch's threads.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "step.h"
+#include "tiles.h"
+
+namespace texp {
+namespace {
+
+// Conversions are written on the bits, for every compiler to vectorise; both round to nearest even.
+
+struct bf16 {
+  uint16_t bits;
+};
+
+struct fp16 {
+  uint16_t bits;
+};
+
+TEXP_INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+TEXP_INLINE float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+TEXP_INLINE float load(float x) { return x; }
+TEXP_INLINE double load(double x) { return x; }
+TEXP_INLINE float load(bf16 x) { return float_of(uint32_t{x.bits} << 16); }
+
+TEXP_INLINE float load(fp16 x) {
+  const uint32_t sign = (uint32_t{x.bits} & 0x8000u) << 16;
+  const uint32_t magnitude = (uint32_t{x.bits} & 0x7fffu) << 13;
+  const uint32_t exponent = magnitude & 0x0f800000u;
+  // The exponent is rebiased by 112; infinities and NaN get as much again; subnormals are renormalised by a subtraction.
+  const uint32_t rebiased = magnitude + (112u << 23);
+  const float normal = float_of(exponent == 0x0f800000u ? rebiased + (112u << 23) : rebiased);
+  const float subnormal = float_of(rebiased + (1u << 23)) - float_of(113u << 23);
+  return float_of(bits_of(exponent == 0 ? subnormal : normal) | sign);
+}
+
+TEXP_INLINE void store(float& to, float x) { to = x; }
+TEXP_INLINE void store(double& to, double x) { to = x; }
+
+TEXP_INLINE void store(bf16& to, float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+TEXP_INLINE void store(fp16& to, float x) {
+  const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  // Adding 1/2 leaves a float whose last place is that of a subnormal half.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
+  to.bits = static_cast<uint16_t>((magnitude >= (143u << 23) ? special : finite) | bits >> 16 & 0x8000u);
+}
+
+template <class T, class P, class B, bool has_grad, bool has_buf>
+TEXP_INLINE void span(const Row<T>& row, P* __restrict p, const P* __restrict g, B* __restrict b, int64_t n) {
+  const Row<T> r = row;
+  for (int64_t i = 0; i < n; ++i) {
+    T weight = load(p[i]);
+    T buffer = has_buf ? load(b[i]) : T(0);
+    update<T>(r, weight, has_grad ? load(g[i]) : T(0), buffer);
+    store(p[i], weight);
+    if (has_buf) store(b[i], buffer);
+  }
+}
+
+template <class T, class P, class B>
+TEXP_INLINE void span(const Row<T>& row, const Item& item, int64_t offset, int64_t n) {
+  P* p = static_cast<P*>(item.p) + offset;
+  const P* g = static_cast<const P*>(item.g) + (item.g ? offset : 0);
+  B* b = static_cast<B*>(item.b) + (item.b ? offset : 0);
+  if (g && b) return span<T, P, B, true, true>(row, p, g, b, n);
+  if (g) return span<T, P, B, true, false>(row, p, g, b, n);
+  if (b) return span<T, P, B, false, true>(row, p, g, b, n);
+  return span<T, P, B, false, false>(row, p, g, b, n);
+}
+
+TEXP_INLINE void span(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
+  const Row<float>& row = rows.narrow[item.row];
+  const bool own = item.b_dtype == item.dtype;
+  switch (item.dtype) {
+    case Dtype::float32:
+      return span<float, float, float>(row, item, offset, n);
+    case Dtype::float64:
+      return span<double, double, double>(rows.wide[item.row], item, offset, n);
+    case Dtype::bfloat16:
+      return own ? span<float, bf16, bf16>(row, item, offset, n) : span<float, bf16, float>(row, item, offset, n);
+    case Dtype::float16:
+      return own ? span<float, fp16, fp16>(row, item, offset, n) : span<float, fp16, float>(row, item, offset, n);
+  }
+}
+
+// The same code for each instruction set; which one runs is decided once, by what the processor has.
+using Span = void (*)(const Item&, const Rows&, int64_t, int64_t);
+
+void span_any(const Item& item, const Rows& rows, int64_t offset, int64_t n) { span(item, rows, offset, n); }
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx2,fma"))) void span_avx2(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
+  span(item, rows, offset, n);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))) void span_avx512(
+    const Item& item, const Rows& rows, int64_t offset, int64_t n) {
+  span(item, rows, offset, n);
+}
+
+Span choose_span() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return span_avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return span_avx2;
+  return span_any;
+}
+#else
+Span choose_span() { return span_any; }
+#endif
+
+// Fewer elements than this are not worth waking another thread for; torch's own threshold.
+constexpr int64_t kGrain = 32768;
+
+}  // namespace
+
+void step_cpu(const std::vector<Item>& items, const Rows& rows) {
+  static const Span span = choose_span();
+  const auto n = static_cast<int64_t>(items.size());
+  std::vector<int64_t> first(n + 1, 0);
+  int64_t elements = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    first[i + 1] = first[i] + tiles_of(items[i].numel);
+    elements += items[i].numel;
+  }
+  const auto run = [&](int64_t tile, int64_t end) {
+    for (int64_t i = tile < end ? tensor_of(tile, first.data(), n) : n; tile < end; ++i) {
+      const int64_t stop = std::min(end, first[i + 1]);
+      if (tile == stop) continue;  // an empty tensor
+      const int64_t offset = (tile - first[i]) * kTile;
+      span(items[i], rows, offset, std::min(items[i].numel, (stop - first[i]) * kTile) - offset);
+      tile = stop;
+    }
+  };
+  const int64_t tiles = first[n];
+  if (elements <= kGrain) {
+    run(0, tiles);
+  } else {
+    at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (elements / tiles)), run);
+  }
+}
+
+}  // namespace texp
