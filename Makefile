@@ -12,7 +12,7 @@ endif
 # Kept in this checkout, one an environment: set up again when that changes or when what is installed does.
 READY := .ready-$(subst /,-,$(VENV))
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 
 demo: $(READY)
 	$(BIN)/texp demo
@@ -35,3 +35,14 @@ $(READY): setup.py pyproject.toml Makefile $(wildcard csrc/*)
 
 clean:
 	rm -rf .venv .ready* build dist *.egg-info
+
+# The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not looked for: Python has its own.
+SANITIZED := build/sanitize/lib
+SANITIZED_TESTS := $(addprefix tests/test_,core.py rows.py optimizer.py sparse.py amp.py state_dicts.py)
+sanitize: $(READY)
+	TEXP_NATIVE=1 TEXP_SANITIZE=address,undefined \
+	$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(BIN)/python -c "import sys; sys.path[0] = '$(SANITIZED)'; import pytest, texp._C; \
+	assert '$(SANITIZED)' in texp._C.__file__; sys.exit(pytest.main(sys.argv[1:]))" -q -m "not slow" $(SANITIZED_TESTS)

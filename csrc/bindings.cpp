@@ -111,11 +111,11 @@ void set(PyObject* dict, PyObject* key, py::object value) {
   if (PyDict_SetItem(dict, key, value.ptr()) != 0) throw py::error_already_set();
 }
 
-void set_scale(PyObject* group, const Scale& scale) {
+void set_scale(PyObject* group, const Scale& before, const Scale& after) {
   const Names& key = names();
-  set(group, key.scale, py::float_(scale.P));
-  set(group, key.scale_exponent, py::int_(scale.exponent));
-  set(group, key.carried_decay, py::float_(scale.kappa));
+  if (after.P != before.P) set(group, key.scale, py::float_(after.P));
+  if (after.exponent != before.exponent) set(group, key.scale_exponent, py::int_(after.exponent));
+  if (after.kappa != before.kappa) set(group, key.carried_decay, py::float_(after.kappa));
 }
 
 // optimizer.state[param], or null. A tensor hashes by identity in a Python method, which would cost more than the look-up.
@@ -295,12 +295,17 @@ struct Param {
   }
 };
 
+struct Rescaled {
+  PyObject* group;
+  Scale before, after;
+};
+
 // What a step works with, kept from step to step for its memory.
 struct Scratch {
   Plan plan;
   std::vector<Param> params;                                // of one group
   std::vector<py::object> foreign_grads;                    // keeps them alive
-  std::vector<std::pair<PyObject*, Scale>> scales;          // of groups, after the step
+  std::vector<Rescaled> rescaled;                           // groups whose scale changes
   std::vector<std::pair<PyObject*, at::Tensor>> new_bufs;   // of parameters that take their first step
   bool busy = false;
 
@@ -308,7 +313,7 @@ struct Scratch {
     plan.clear();
     params.clear();
     foreign_grads.clear();
-    scales.clear();
+    rescaled.clear();
     new_bufs.clear();
   }
 };
@@ -375,7 +380,7 @@ py::list step(const py::list& groups, const py::dict& state, double grad_scale, 
       }
     }
     const Step rows = advance(scale, h, first, grad_scale);
-    if (!ordinary) scratch.scales.emplace_back(group, rows.scale);
+    if (!ordinary) scratch.rescaled.push_back({group, scale, rows.scale});
 
     struct Choice {
       const Row<double>& row;
@@ -422,7 +427,7 @@ py::list step(const py::list& groups, const py::dict& state, double grad_scale, 
     const py::object values = state[py::handle(param)];
     set(values.ptr(), key.momentum_buffer, py::reinterpret_steal<py::object>(THPVariable_Wrap(buf)));
   }
-  for (const auto& [group, scale] : scratch.scales) set_scale(group, scale);
+  for (const auto& [group, before, after] : scratch.rescaled) set_scale(group, before, after);
   return left;
 }
 

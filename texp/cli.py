@@ -1,4 +1,4 @@
-"""The commands: texp demo | schedule | info."""
+"""The commands: texp demo | schedule | bench | info."""
 
 import csv
 import math
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from texp import __version__, backends, demo, theory
+from texp import __version__, backends, bench, demo, theory
 
 app = typer.Typer(
     name="texp",
@@ -175,6 +175,55 @@ def schedule(
         print(csv_path.resolve())
     if plot is not None:
         _plot_schedule([t / steps_per_epoch for t in range(steps)], etas, closed, exact, plot)
+        print(plot.resolve())
+
+
+@app.command("bench")
+def bench_command(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU; default: torch's own.")] = None,
+    models: Annotated[str, typer.Option(help="Names separated by commas; default: all.")] = "",
+    seconds: Annotated[float, typer.Option(min=0, help="For each model and candidate, about.")] = 2.0,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Where to write the records.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw the CSV; needs --csv.")] = None,
+) -> None:
+    """Step time of texp.SGD, each backend, against torch.optim.SGD, in one run."""
+    _check_writable(csv_path)
+    _check_writable(plot, figure=True)
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device must be cpu or cuda, got {device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda was asked for, but torch sees no CUDA device")
+    if plot is not None and csv_path is None:
+        raise typer.BadParameter("--plot is drawn from the CSV: give --csv as well")
+    chosen = models.split(",") if models else list(bench.MODELS)
+    for name in chosen:
+        if name not in bench.MODELS:
+            raise typer.BadParameter(f"--models must be among {', '.join(bench.MODELS)}; got {name}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    records: list[dict] = []
+    console = _console()
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("copy", total=len(chosen) * len(bench.candidates(device)))
+        for record in bench.run(device, chosen, seconds):
+            records.append(record)
+            progress.update(task, advance=1, description=f"{record['model']}, {record['candidate']}")
+    table = Table(title=f"{records[0]['device']}, {records[0]['threads']} threads, torch {torch.__version__}")
+    for column in ("model", "candidate"):
+        table.add_column(column)
+    for column in ("median µs", "GB/s", "share of copy", "times torch fused"):
+        table.add_column(column, justify="right")
+    for record in records:
+        last = record is records[-1] or record["model"] != records[records.index(record) + 1]["model"]
+        values = (record["median_us"], record["gb_per_s"], record["share_of_copy"], record["times_torch_fused"])
+        table.add_row(record["model"], record["candidate"], *(f"{x:.4g}" for x in values), end_section=last)
+    console.print(table)
+    if csv_path is not None:
+        bench.write_csv(records, csv_path)
+        print(csv_path.resolve())
+    if plot is not None:
+        bench.plot(csv_path, plot)
         print(plot.resolve())
 
 
