@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -35,19 +37,60 @@ def test_the_kernels_are_part_of_texp_alone():
     assert "is imported as texp.kernels, not as kernels" in done.stderr
 
 
+def copy_of_the_sources(to: Path) -> Path:
+    for folder in ("csrc", "texp", "kernels"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / file, to)
+    return to
+
+
 @pytest.mark.slow
-def test_a_wheel_holds_both_packages(tmp_path):
-    for folder in ("texp", "kernels"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, tmp_path)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").glob("texp-*.whl")
-    names = subprocess.run([sys.executable, "-m", "zipfile", "-l", wheel], capture_output=True, text=True).stdout
-    assert "texp/kernels/__init__.py" in names
-    assert "texp/optimizer.py" in names
-    assert not re.search(r"^kernels/", names, re.MULTILINE)
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_installed_elsewhere(tmp_path, native):
+    """Not editable, run from another folder: with and without the C++ core, and `kernels` stays free."""
+    if native == "1" and shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    sources, site = copy_of_the_sources(tmp_path / "sources"), tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", site, sources]
+    subprocess.run(command, env={**os.environ, "TEXP_NATIVE": native}, check=True, capture_output=True)
+    assert not (site / "kernels").exists()
+    code = (
+        "import torch, texp, texp.kernels; p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3); "
+        "texp.SGD([p], lr=0.5).step(); print(texp.__file__, p.sum().item(), texp.backends.available()['cpu'])"
+    )
+    # -S: without the .pth files of this environment, in which texp may be installed as editable.
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{sysconfig.get_path('purelib')}"}
+    environment.pop("TEXP_NATIVE", None)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd="/", env=environment, capture_output=True, text=True
+    )
+    file, total, reason = done.stdout.split(maxsplit=2)
+    assert file == str(site / "texp" / "__init__.py")
+    assert total == "1.5"
+    assert ("ok" if native == "1" else "is not part of this installation") in reason
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "message"),
+    [
+        ({"TEXP_NATIVE": "yes"}, 1, "TEXP_NATIVE must be auto, 1 or 0, got 'yes'"),
+        ({"TEXP_NATIVE": "1", "CXX": "no-such-compiler"}, 1, "asks for the C++ core, but there is no C++ compiler"),
+        ({"TEXP_NATIVE": "auto", "CXX": "no-such-compiler"}, 0, "installing without the C++ core: there is no C++"),
+    ],
+    ids=["unknown", "required", "auto"],
+)
+def test_a_build_that_cannot_have_the_core(tmp_path, environment, code, message):
+    sources = copy_of_the_sources(tmp_path / "sources")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")],
+        cwd=sources,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code
+    assert message in done.stderr
 
 
 def test_theory_imports_nothing_but_the_standard_library():

@@ -6,7 +6,6 @@ the same device reaches in the same run, counting bytes read and written.
 """
 
 import csv
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -107,26 +106,33 @@ def copy_bandwidth(device: str, wait: Callable[[], None]) -> float:
     return 2 * source.nbytes / statistics.median(times) / 1e9
 
 
+# Calls of one candidate in a row: at most so many, at most so long.
+_IN_A_ROW, _TURN_SECONDS = 20, 0.02
+
+
 def _interleaved(
     steps: dict[str, Callable[[], object]], wait: Callable[[], None], seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each call, the calls taken in turn; the first three of each are not counted."""
+    """Seconds of each call, the candidates taking turns; the first call of a turn, which finds the caches full of
+    the others' data, is not counted where there are more."""
+
+    def call(step: Callable[[], object]) -> float:
+        wait()
+        start = time.perf_counter()
+        step()
+        wait()
+        return time.perf_counter() - start
+
+    # Three calls to warm up; the last says how long a call takes.
+    estimates = {name: [call(step) for _ in range(3)][-1] for name, step in steps.items()}
+    in_a_row = {name: max(1, min(_IN_A_ROW, int(_TURN_SECONDS / t))) for name, t in estimates.items()}
+    longest = max(in_a_row[name] * t for name, t in estimates.items())
+    turns = min(max(5, int(seconds / longest)), 100)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    calls = math.inf
-    done = -3
-    while done < calls:
+    for _ in range(turns):
         for name, step in steps.items():
-            wait()
-            start = time.perf_counter()
-            step()
-            wait()
-            times[name].append(time.perf_counter() - start)
-        done += 1
-        if done == 0:
-            slowest = max(values[-1] for values in times.values())
-            calls = min(max(5, int(seconds / slowest)), 1000)
-            for values in times.values():
-                values.clear()
+            turn = [call(step) for _ in range(in_a_row[name])]
+            times[name] += turn[1:] or turn
     return times
 
 
