@@ -94,9 +94,9 @@ Hyperparameters hyperparameters(PyObject* group, Py_ssize_t index) {
   const auto at_least_0 = [&](PyObject* name, double value) {
     if (!(std::isfinite(value) && value >= 0)) refuse(index, name, " of at least 0", value);
   };
-  at_least_0(key.lr, h.lr);
   at_least_0(key.momentum, h.momentum);
   at_least_0(key.weight_decay, h.weight_decay);
+  if (!std::isfinite(h.lr)) refuse(index, key.lr, "", h.lr);
   if (!std::isfinite(h.dampening)) refuse(index, key.dampening, "", h.dampening);
   return h;
 }

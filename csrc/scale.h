@@ -40,7 +40,7 @@ struct Limits {
 
 // The most of κ and of μ that one step hands over to the scale: their values at the end of the theorem's range.
 TEXP_INLINE Limits limits(const Hyperparameters& h) {
-  if (!h.scale_invariant || h.momentum >= 1) return {0, 0};
+  if (!h.scale_invariant || h.momentum >= 1 || h.lr < 0) return {0, 0};
   constexpr double infinity = std::numeric_limits<double>::infinity();
   if (h.lr == 0) return {infinity, infinity};
   double kappa = 1, mu = 1;

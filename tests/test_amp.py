@@ -42,6 +42,19 @@ class TestGradScaler:
         assert same_bits(p, expected_p)
         assert snapshot(optimizer)[0] == snapshot(plain)[0]
 
+    def test_after_an_error_the_scale_is_not_applied_twice(self, target):
+        p = param(device=target.device)
+        optimizer = target.sgd([p], lr=0.1)
+        scaler = self.scaler(target.device)
+        scaler.scale(p.sum()).backward()
+        optimizer.param_groups[0]["lr"] = math.nan
+        with pytest.raises(ValueError, match="lr must be a finite number"):
+            scaler.step(optimizer)
+        assert "grad_scale" not in optimizer.__dict__
+        optimizer.param_groups[0]["lr"] = 0.1
+        scaler.step(optimizer)
+        assert torch.allclose(p.detach().cpu(), param().detach() - 0.1)
+
     def test_grads_unscaled_by_the_user(self, target):
         p, q = param(device=target.device), param(device=target.device)
         optimizer, plain = target.sgd([p], lr=0.1), target.sgd([q], lr=0.1)

@@ -139,7 +139,7 @@ ERRORS = {
     "milestones out of order": ([*PAPER, "--milestones", "120,80"], "must ascend .* got 120,80"),
     "lr 0": (["schedule", "--lr", "0", "--weight-decay", "5e-4"], "lr and gamma must be greater than 0"),
     "momentum 1": ([*PAPER, "--momentum", "1"], "momentum must be less than 1"),
-    "tiny gamma": ([*PAPER, "--gamma", "1e-200"], "too small for a float"),
+    "tiny gamma": ([*PAPER, "--gamma", "1e-200"], "leaves the range of a float"),
     "too many steps": ([*PAPER, "--epochs", "100000000", "--csv", "x.csv"], "at most 10000000 steps"),
     "no command": ([], "no command given"),
     "huge seed": (["demo", "--seed", str(2**70)], "--seed"),

@@ -104,6 +104,53 @@ class TestTheInterfaceOfTorch:
         model = nn.Linear(2, 2)
         assert target.sgd(model.named_parameters()).param_groups[0]["param_names"] == ["weight", "bias"]
 
+    def test_the_users_dict_is_the_group(self):
+        group = {"params": [param()]}
+        optimizer = texp.SGD([group], lr=0.1)
+        group["lr"] = 7.0
+        assert optimizer.param_groups[0]["lr"] == 7.0
+
+    @pytest.mark.parametrize("scale_invariant", [False, True])
+    def test_a_scheduler_that_ends_a_little_below_0(self, target, scale_invariant):
+        """LinearLR down to 0 ends at −3e-18 by rounding."""
+        p, q = param(device=target.device), param(device=target.device)
+        arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+        ours = target.sgd([p], scale_invariant=scale_invariant, **arguments)
+        optimizers = ours, torch.optim.SGD([q], **arguments)
+        schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1 / 3, 0.0, 10) for o in optimizers]
+        for t in range(14):
+            g = torch.full_like(p, math.cos(t))
+            p.grad, q.grad = g / ours.param_groups[0]["scale"], g
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
+        assert ours.param_groups[0]["lr"] < 0
+        assert math.isnan(ours.log10_lr()[0])
+        ours.fold()
+        assert relative_error(p, q) < 1e-14
+        assert relative_error(ours.state[p]["momentum_buffer"], optimizers[1].state[q]["momentum_buffer"]) < 1e-14
+
+    @pytest.mark.parametrize("scale_invariant", [False, True])
+    def test_torch_compile(self, target, scale_invariant):
+        p, q = param(device=target.device), param(device=target.device)
+        arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "scale_invariant": scale_invariant}
+        plain, traced = target.sgd([p], **arguments), target.sgd([q], **arguments)
+        compiled = torch.compile(lambda: traced.step(), backend="eager")
+        for t in range(4):
+            p.grad, q.grad = torch.full_like(p, math.cos(t)), torch.full_like(q, math.cos(t))
+            plain.step()
+            compiled()
+        assert same_bits(p, q)
+
+    def test_idle_tensors_of_ordinary_groups_are_not_touched(self, target):
+        p, q = param(device=target.device), param(device=target.device)
+        optimizer = target.sgd([p, q], lr=0.1, momentum=0.9, weight_decay=0.1)
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        optimizer.step()
+        q.grad, version = None, q._version
+        optimizer.step()
+        assert q._version == version
+
     def test_complex_parameters(self, general):
         torch.manual_seed(0)
         for dtype in (torch.complex64, torch.complex128):
@@ -149,19 +196,26 @@ class TestTheInterfaceOfTorch:
             clone.step()
             assert clone.param_groups[0]["scale"] > optimizer.param_groups[0]["scale"]
             assert clone.step_was_skipped is False
+            assert clone._backend == "reference"
 
 
 class TestDifferentiable:
     @pytest.mark.parametrize("momentum", [0.0, 0.9])
-    @pytest.mark.parametrize("maximize", [False, True])
-    def test_the_gradient_of_a_step_is_that_of_torch(self, momentum, maximize):
+    @pytest.mark.parametrize(
+        "extra",
+        [{}, {"maximize": True}, {"nesterov": True}, {"dampening": 0.5}],
+        ids=["plain", "maximize", "nesterov", "dampening"],
+    )
+    def test_the_gradient_of_a_step_is_that_of_torch(self, momentum, extra):
         """With respect to the start and, without momentum (where torch can), to the LR."""
 
         def meta_gradient(make):
             lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=momentum == 0)
             start = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
             p = start.clone()
-            arguments = {"lr": lr, "momentum": momentum, "weight_decay": 0.1, "maximize": maximize}
+            arguments = {"lr": lr, "momentum": momentum, "weight_decay": 0.1, **extra}
+            if momentum == 0:
+                arguments["nesterov"] = False
             optimizer = make([p], differentiable=True, **arguments)
             with torch.no_grad():  # step() turns gradients on by itself
                 for t in range(3):
@@ -222,6 +276,11 @@ class TestErrors:
         arguments, error, message = self.CASES[case]
         with pytest.raises(error, match=message):
             texp.SGD([param()], **arguments)
+
+    def test_a_scale_invariant_group_with_a_parameter_twice(self):
+        p = param()
+        with pytest.raises(ValueError, match="holds a parameter twice"):
+            texp.SGD([{"params": [p, p], "scale_invariant": True}], lr=0.1)
 
     GROUPS = {
         "lr": ({"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),

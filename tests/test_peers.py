@@ -1,7 +1,5 @@
 """Known failures of torch.optim.SGD(fused=True) and of other fused optimizers, none of which may happen here."""
 
-import socket
-
 import pytest
 import torch
 from torch import nn
@@ -126,19 +124,13 @@ def test_gradients_are_read_only(target, scale_invariant):
     assert p.grad._version == version
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def _sharded(rank: int, port: int) -> None:
+def _sharded(rank: int, rendezvous: str) -> None:
     """On two processes: steps of sharded parameters against steps of whole ones."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(7, 3, generator=generator)
@@ -162,6 +154,6 @@ def _sharded(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def test_sharded_parameters():
+def test_sharded_parameters(tmp_path):
     """NotImplementedError for a DTensor in torch.optim.SGD(fused=True)."""
-    torch.multiprocessing.spawn(_sharded, args=(_free_port(),), nprocs=2)
+    torch.multiprocessing.spawn(_sharded, args=(tmp_path / "rendezvous",), nprocs=2)

@@ -105,6 +105,12 @@ def test_any_row(apply, row, scale):
 
 
 @each_apply
+def test_a_buffer_that_becomes_the_old_weight(apply):
+    """p is changed as well: what is read must be what it was."""
+    check(apply, Row(a_p=1.0, c_g=1.0, e=0.5, r_u=1.0), *torch.randn(3, 5, dtype=torch.float64))
+
+
+@each_apply
 @given(row=st.builds(Row, *[scalars] * 10), missing=st.sampled_from(["grad", "buf", "both"]))
 def test_a_missing_grad_or_buffer_is_zero(apply, row, missing):
     p, g, b = torch.randn(3, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

@@ -140,6 +140,9 @@ def test_a_run_is_resumed_from_bytes_that_load_with_weights_only():
     resumed.load_state_dict(saved[0])
     resumed_scheduler.load_state_dict(saved[1])
     assert lrs(resumed, resumed_scheduler, 12) == expected[8:]
+    # So grown a LR would be outside the range as an initial one.
+    resumed.param_groups[0]["lr"] = 10.0
+    TEXP(resumed, [5, 11], 0.2, weight_decay=DECAY, last_epoch=7)
     # The other way that torch knows: the number of steps taken, minus 1.
     by_epoch = sgd()
     by_epoch.load_state_dict(saved[0])

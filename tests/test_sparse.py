@@ -93,3 +93,17 @@ class TestSparse:
         with pytest.raises(RuntimeError, match="no decay may be carried in the momentum"):
             texp.groups.check_sparse(0, hyper, texp.theory.Row(a_p=0.1))
         texp.groups.check_sparse(0, hyper, texp.theory.Row(a_g=1.0))
+
+    def test_a_sparse_buffer_of_a_tensor_without_a_grad(self, general):
+        """Its group begins to decay while it stands still: its momentum would become dense."""
+        dense, p = param(device=general.device), self.table(general.device)
+        optimizer = general.sgd([dense, p], lr=0.1, momentum=0.9, scale_invariant=True)
+        dense.grad, p.grad = torch.ones_like(dense), self.grad(1)
+        optimizer.step()
+        p.grad = None
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+        before = dense.detach().clone(), p.detach().clone()
+        with pytest.raises(RuntimeError, match="sparse gradients with weight_decay"):
+            optimizer.step()
+        assert same_bits(dense, before[0])
+        assert same_bits(p, before[1])

@@ -34,6 +34,7 @@ class TestNormStats:
             assert stats[1].cpu() == pytest.approx(torch.full((3,), scale**2), rel=1e-5)
         assert optimizer.param_groups[0]["scale_exponent"] > 0
         optimizer.fold()
+        assert optimizer.param_groups[0]["scale_exponent"] == 0
         assert torch.stack(stats).cpu() == pytest.approx(torch.ones(2, 3), rel=1e-5)
 
     def test_they_stay_out_of_state_dicts(self, target):
@@ -41,12 +42,37 @@ class TestNormStats:
         p.grad = torch.ones_like(p)
         optimizer.step()
         state_dict = optimizer.state_dict()
-        assert "norm_stats" not in state_dict["param_groups"][0]
+        assert state_dict["param_groups"][0]["norm_stats"] is None
         _, other_stats, other = self.optimizer(target)
         other.load_state_dict(state_dict)
         assert [stat for stat, _ in other.param_groups[0]["norm_stats"]] == [*other_stats]
         assert all(a is b for (a, _), b in zip(other.param_groups[0]["norm_stats"], other_stats, strict=True))
         assert all((stat == 1).all() for stat in other_stats)
+
+    def test_post_hooks_find_them(self, target):
+        _, stats, optimizer = self.optimizer(target)
+
+        def post(loaded):
+            loaded.fold()
+            raise RuntimeError("a hook that fails")
+
+        optimizer.register_load_state_dict_post_hook(post)
+        with pytest.raises(RuntimeError, match="a hook that fails"):
+            optimizer.load_state_dict(optimizer.state_dict())
+        assert all(a is b for (a, _), b in zip(optimizer.param_groups[0]["norm_stats"], stats, strict=True))
+
+    def test_bad_ones_put_there_later_change_nothing(self, target):
+        p, _, optimizer = self.optimizer(target)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        good = optimizer.param_groups[0]["norm_stats"]
+        optimizer.param_groups[0]["norm_stats"] = [(torch.ones(3), "2")]
+        before = snapshot(optimizer)
+        for call in (optimizer.step, optimizer.fold):
+            with pytest.raises((ValueError, RuntimeError)):
+                call()
+            assert_unchanged(optimizer, before)
+        optimizer.param_groups[0]["norm_stats"] = good
 
 
 class TestStateDicts:
@@ -69,6 +95,53 @@ class TestStateDicts:
         assert torch.equal(buf, ours)
         p.grad = torch.ones_like(p)
         theirs.step()
+
+    @pytest.mark.parametrize("flatten", [False, True])
+    def test_distributed_checkpoints(self, flatten):
+        """Which read a state dict back key by key."""
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        options = dcp.StateDictOptions(flatten_optimizer_state_dict=flatten)
+        runs = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            model = nn.Linear(3, 2)
+            group = {"params": model.parameters(), "scale_invariant": True, "norm_stats": [(torch.ones(2), 1)]}
+            runs.append((model, texp.SGD([group], lr=0.1, momentum=0.9, weight_decay=0.1)))
+        model, optimizer = runs[0]
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        saved = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+        dcp.set_optimizer_state_dict(*runs[1], saved, options=options)
+        for p, q in zip(model.parameters(), runs[1][0].parameters(), strict=True):
+            assert torch.equal(optimizer.state[p]["momentum_buffer"], runs[1][1].state[q]["momentum_buffer"])
+        for key in ("scale", "carried_decay", "scale_invariant"):
+            assert optimizer.param_groups[0][key] == runs[1][1].param_groups[0][key]
+
+    def test_a_narrow_buffer_of_a_wide_parameter_is_widened(self):
+        p = param(dtype=torch.float32)
+        optimizer = texp.SGD([p], lr=0.1, momentum=0.9)
+        group = optimizer.state_dict()["param_groups"][0]
+        state = {0: {"momentum_buffer": torch.ones(3, dtype=torch.bfloat16)}}
+        optimizer.load_state_dict({"state": state, "param_groups": [group]})
+        assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+
+    def test_fold_where_only_the_momentum_carries_decay(self):
+        """After steps with a LR of 0: P is 1 and κ is not 0."""
+        p, q = param(), param()
+        ours = texp.SGD([p], lr=0.0, momentum=0.9, weight_decay=0.1, scale_invariant=True)
+        theirs = torch.optim.SGD([q], lr=0.0, momentum=0.9, weight_decay=0.1)
+        for x, optimizer in ((p, ours), (q, theirs)):
+            x.grad = torch.ones_like(x)
+            optimizer.step()
+            optimizer.step()
+        assert ours.param_groups[0]["carried_decay"] > 0
+        ours.fold()
+        assert torch.allclose(
+            ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"], rtol=1e-15, atol=0
+        )
 
     def test_fold_twice_is_fold_once(self):
         _, optimizer = self.trained(texp.SGD, scale_invariant=True)

@@ -30,7 +30,7 @@ def sgd(theta: float, v: float | None, g: float, hyper: Hyperparameters) -> tupl
 
 hypers = st.builds(
     Hyperparameters,
-    lr=st.sampled_from([0.0, 1e-3, 0.1, 0.5]),
+    lr=st.sampled_from([0.0, 1e-3, 0.1, 0.5, -1e-18]),
     momentum=st.sampled_from([0.0, 0.5, 0.9, 0.99]),
     dampening=st.sampled_from([0.0, 0.3, 1.0, 1.5]),
     weight_decay=st.sampled_from([0.0, 5e-4, 0.05, 1.0]),
@@ -189,6 +189,11 @@ def test_the_recursion_stays_finite(run):
         assert all(map(math.isfinite, (*step.running, *step.first, *step.idle, scale.kappa, step.growth)))
 
 
+def test_norm_stats_scale_with_any_power():
+    step = advance(Scale(), Hyperparameters(0.5, weight_decay=0.5, scale_invariant=True))
+    assert step.norm_stat(0.5).s_p == step.growth**0.5 == step.scale.P**0.5 > 1
+
+
 def test_growth_of_the_paper():
     """Li & Arora: the LR grows 1.481 times in an epoch of 391 steps at η = 0.1, λ = 5e-4, γ = 0.9."""
     assert theory.alpha_star(**PAPER) == pytest.approx(0.99949773, abs=5e-9)
@@ -268,7 +273,10 @@ ERRORS = {
     "outside the range": (lambda: theory.alpha_star(0.1, 0.1, 0.9), r"0\.1·0\.1 = 0\.01 is outside .* 0\.00263"),
     "outside, no momentum": (lambda: theory.exp_lr(0, 1.0, 1.0), r"must be less than 1$"),
     "closed form, outside": (lambda: theory.texp_lr(0, 0.1, 0.1, 0.9, [5]), "outside the theorem's range"),
-    "infinite lr": (lambda: advance(Scale(), Hyperparameters(math.inf)), "lr must be a finite number.*got inf"),
+    "infinite lr": (lambda: advance(Scale(), Hyperparameters(math.inf)), "lr must be a finite number, got inf"),
+    "infinite milestone": (lambda: theory.texp_phases(0.1, 5e-4, 0.9, [math.inf]), r"ascending .* got \[inf\]"),
+    "nothing left": (lambda: theory.translate([1.0], 1.0), r"nothing of the weights \(α = 0\)"),
+    "huge gamma": (lambda: theory.texp_phases(0.1, 0.0, 0.9, [1, 2], 1e200), "leaves the range of a float"),
     "negative momentum": (lambda: advance(Scale(), Hyperparameters(0.1, -0.9)), "momentum must .* got -0.9"),
     "nan dampening": (lambda: advance(Scale(), Hyperparameters(0.1, 0.9, math.nan)), "dampening must .* got nan"),
     "milestones": (lambda: theory.texp_phases(0.1, 5e-4, 0.9, [30, 20]), r"ascending .* got \[30, 20\]"),
@@ -276,7 +284,7 @@ ERRORS = {
     "lr 0": (lambda: theory.exp_lr(0, 0.0, 5e-4), "lr and gamma must be greater than 0, got lr = 0"),
     "negative step": (lambda: theory.exp_lr(-1, 0.1, 5e-4), "from 0 on, got -1"),
     "no schedule": (lambda: theory.translate([0.1, 1.9], 0.4, 0.9), r"lr = 1\.9 at step 1 .* nothing of the weights"),
-    "tiny lr": (lambda: theory.texp_phases(0.1, 0.0, 0.9, [1, 2], 1e-200), r"0\.1·1e-200\^2 is too small"),
+    "tiny lr": (lambda: theory.texp_phases(0.1, 0.0, 0.9, [1, 2], 1e-200), r"0\.1·1e-200\^2 leaves the range"),
 }
 
 

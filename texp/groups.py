@@ -71,11 +71,15 @@ def check_sparse(index: int, hyper: Hyperparameters, row: Row) -> None:
         )
 
 
-class AsSaved:
-    """Carries a tensor past torch's load_state_dict, which would cast it to the parameter's dtype."""
+class AsIs:
+    """Carries a value past torch's load_state_dict, which copies what stands in groups and casts tensors to the
+    parameter's dtype."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict) -> "AsIs":
+        return self
 
 
 def prepare_loading(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +96,8 @@ def prepare_loading(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
         group = optimizer.param_groups[index]
         if not SCALE_KEYS.keys() <= saved.keys():
             saved.update(SCALE_KEYS, scale_invariant=group["scale_invariant"])
-        saved["capturable"] = group["capturable"]  # how the step runs here is not part of a run's state
+        # The model's own, and how the step runs here, are not part of a run's state.
+        saved.update(norm_stats=AsIs(group["norm_stats"]), capturable=group["capturable"])
         check_scale(saved)
         if optimizer.defaults["differentiable"] and is_exponential(saved):
             raise ValueError(
@@ -108,5 +113,5 @@ def prepare_loading(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
                     f"loaded state dict has a momentum buffer of shape {tuple(buf.shape)} for a parameter of shape "
                     f"{tuple(param.shape)} (number {key} of the state dict)"
                 )
-            state[key] = {**state[key], "momentum_buffer": AsSaved(buf)}
+            state[key] = {**state[key], "momentum_buffer": AsIs(buf)}
     return {**state_dict, "state": state, "param_groups": groups}

@@ -56,12 +56,14 @@ class SGD(torch.optim.Optimizer):
     GradScaler it unscales the gradients while reading them; where the scaler found an inf or a NaN, nothing at
     all is changed and :attr:`step_was_skipped` is True.
 
-    Raises, before anything is changed: ValueError for hyperparameters that are negative or not finite and for
-    combinations that torch refuses; RuntimeError for a backend that is not available, for momentum buffers that do
-    not fit, and for sparse gradients with weight decay unless the group is scale-invariant and without momentum.
+    Raises, before anything is changed: ValueError for hyperparameters that are negative (the LR of a step may be) or
+    not finite and for combinations that torch refuses; RuntimeError for a backend that is not available, for
+    momentum buffers that do not fit, and for sparse gradients with weight decay unless the group is scale-invariant
+    and without momentum.
     """
 
-    # Whether the last step() changed nothing because a GradScaler had found an inf or a NaN.
+    # Whether the last step() changed nothing because a GradScaler had found an inf or a NaN. (For a differentiable
+    # optimizer a GradScaler does not call step() at all then, and this stays as it was.)
     step_was_skipped: bool = False
 
     def __init__(
@@ -131,17 +133,25 @@ class SGD(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):
             values = {**self.defaults, **groups.SCALE_KEYS, "norm_stats": [], **param_group}
-            groups.hyperparameters(values).check()
+            hyper = groups.hyperparameters(values).check()
+            theory.check_non_negative(lr=hyper.lr)
             groups.check_scale(values)
             groups.check_norm_stats(values["norm_stats"])
             if values["scale_invariant"] and self.defaults["differentiable"]:
                 raise ValueError("a scale_invariant group cannot be differentiable: its scale is not on the tape")
             if values["capturable"]:
                 backends.check_capturable()
-            param_group = {**param_group, **{key: values[key] for key in (*groups.SCALE_KEYS, "norm_stats")}}
+            params = param_group["params"]
+            if not isinstance(params, (Tensor, set)):
+                params = param_group["params"] = list(params)  # may be a generator
+                repeats = len({id(p[1] if isinstance(p, tuple) else p) for p in params}) < len(params)
+                if repeats and values["scale_invariant"]:
+                    raise ValueError(
+                        "a scale_invariant group holds a parameter twice: its scale would be applied twice"
+                    )
+                self._repeats = self._repeats or repeats
+            param_group.update({key: values[key] for key in (*groups.SCALE_KEYS, "norm_stats")})
         super().add_param_group(param_group)
-        params = self.param_groups[-1]["params"]
-        self._repeats = self._repeats or len(set(params)) < len(params)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step.
@@ -177,14 +187,20 @@ class SGD(torch.optim.Optimizer):
             return loss
         scale = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if scale is None else float(scale)
-        if self.defaults["differentiable"]:
-            self._differentiable_step()
-        elif self._core is None or self._repeats:
-            plan.step(self.param_groups, self.state, grad_scale)
-        else:
-            rest = plan.Rest(self._backend, self.param_groups, self.state)
-            if self._core.step(self.param_groups, self.state, grad_scale, rest.check):
-                rest.do()
+        try:
+            if self.defaults["differentiable"]:
+                self._differentiable_step()
+            elif self._core is None or self._repeats:
+                plan.step(self.param_groups, self.state, grad_scale)
+            else:
+                rest = plan.Rest(self._backend, self.param_groups, self.state)
+                if self._core.step(self.param_groups, self.state, grad_scale, rest.check):
+                    rest.do()
+        except Exception:
+            # A GradScaler would take them away after the step, and multiply what it finds into the next one's.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -224,6 +240,7 @@ class SGD(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             scale = groups.scale_of(group)
+            groups.check_norm_stats(group["norm_stats"])
             if (scale.P, scale.kappa) != (1.0, 0.0):
                 entries = [Entry(p, buf=plan.buf_of(self.state, p)) for p in group["params"]]
                 reference.apply(theory.fold_row(scale), entries, foreach=group["foreach"])
@@ -250,28 +267,25 @@ class SGD(torch.optim.Optimizer):
         """
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            group.pop("norm_stats", None)
+            group["norm_stats"] = None  # the key stays: flattened checkpoints are read back key by key
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a texp.SGD or of a torch.optim.SGD, at any step of a run.
 
         As in torch, the groups' options are replaced by those that were saved, here `scale_invariant` and the
-        scale among them. Momentum buffers keep the dtype in which they were saved. A state dict of torch.optim.SGD
-        leaves `scale_invariant` as it is and starts at P = 1, κ = 0. The groups' norm_stats and `capturable` are
-        never replaced.
+        scale among them. Momentum buffers keep the dtype in which they were saved, where the parameter's is not
+        wider. A state dict of torch.optim.SGD (that did not itself load one of texp.SGD) leaves `scale_invariant` as
+        it is and starts at P = 1, κ = 0. The groups' norm_stats and `capturable` are never replaced.
 
         Raises ValueError where groups, shapes or scales do not fit; the optimizer is then unchanged.
         """
-        norm_stats = [group["norm_stats"] for group in self.param_groups]
         # Registered last, it sees what other hooks made of the state dict.
         hook = self.register_load_state_dict_pre_hook(groups.prepare_loading)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        for group, stats in zip(self.param_groups, norm_stats, strict=True):
-            group["norm_stats"] = stats
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_backend": self._backend, "_repeats": self._repeats}
@@ -283,6 +297,9 @@ class SGD(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in (*groups.TORCH_DEFAULTS.items(), *groups.SCALE_KEYS.items()):
                 group.setdefault(key, value)
+            if isinstance(group["norm_stats"], groups.AsIs):
+                group["norm_stats"] = group["norm_stats"].value
         for param, values in self.state.items():
-            if isinstance(buf := values.get("momentum_buffer"), groups.AsSaved):
-                values["momentum_buffer"] = buf.tensor.to(param.device)
+            if isinstance(buf := values.get("momentum_buffer"), groups.AsIs):
+                dtype = torch.promote_types(buf.value.dtype, param.dtype)
+                values["momentum_buffer"] = buf.value.to(param.device, dtype)

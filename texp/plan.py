@@ -22,6 +22,7 @@ class Plan(NamedTuple):
     new_bufs: list[tuple[Tensor, Tensor]]
 
 
+@torch.compiler.disable
 def step(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad_scale: float) -> None:
     """One step of all groups by `texp.reference`; modifies parameters, momentum buffers, norm_stats and scales.
 
@@ -58,6 +59,7 @@ def _plan(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scal
             row = step.running
         _check(index, hyper, row, entry)
         plan.work.setdefault(row, []).append(entry)
+    groups.check_norm_stats(group["norm_stats"])
     for stat, power in group["norm_stats"]:
         plan.work.setdefault(step.norm_stat(power), []).append(Entry(stat))
     for nothing in (KEEP, Row()):

@@ -77,10 +77,12 @@ class Hyperparameters(NamedTuple):
     scale_invariant: bool = False
 
     def check(self) -> "Hyperparameters":
-        """Returns itself. Raises ValueError for a negative or non-finite number."""
-        check_non_negative(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        if not math.isfinite(self.dampening):
-            raise ValueError(f"dampening must be a finite number, got {self.dampening}")
+        """Returns itself. Raises ValueError for a number that is not finite, and for a momentum or weight decay
+        below 0; a LR below 0 is let pass, as in torch: schedulers that end at 0 end a little below it."""
+        check_non_negative(momentum=self.momentum, weight_decay=self.weight_decay)
+        for name in ("lr", "dampening"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         return self
 
 
@@ -108,7 +110,7 @@ def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_s
         first: no tensor of the group has a momentum buffer yet.
         grad_scale: what the loss was multiplied by (AMP); the rows divide by it.
 
-    Raises ValueError for a negative or non-finite hyperparameter. The theorem's range is not needed.
+    Raises ValueError as `Hyperparameters.check`. The theorem's range is not needed.
 
     With ĝ = g + λθ, torch.optim.SGD computes v ← keep·v + enter·ĝ and θ ← θ − η(direct·ĝ + through·v), where
 
@@ -179,12 +181,13 @@ def fold_row(scale: Scale) -> Row:
 
 
 def log10_lr(scale: Scale, hyper: Hyperparameters, *, first: bool = False) -> float:
-    """log10 of the paper's η̃_t = P_t·P_{t+1}·η_t for the step that would come next; −inf where lr is 0."""
+    """log10 of the paper's η̃_t = P_t·P_{t+1}·η_t for the step that would come next; −inf where lr is 0, nan where
+    it is negative."""
     return _log10_lr(hyper.lr, scale, advance(scale, hyper, first=first).alpha)
 
 
 def _log10_lr(lr: float, scale: Scale, alpha: float) -> float:
-    return math.log10(lr) + 2 * scale.log10() - math.log10(alpha) if lr > 0 else -math.inf
+    return math.log10(lr) + 2 * scale.log10() - math.log10(alpha) if lr > 0 else -math.inf if lr == 0 else math.nan
 
 
 def translate(lrs: Iterable[float], weight_decay: float, momentum: float = 0.0) -> list[float]:
@@ -227,7 +230,7 @@ def _limits(hyper: Hyperparameters) -> tuple[float, float]:
     would not come back when the range is entered again; stopped there, it does.
     """
     momentum = hyper.momentum
-    if not hyper.scale_invariant or momentum >= 1:
+    if not hyper.scale_invariant or momentum >= 1 or hyper.lr < 0:
         return 0.0, 0.0
     if hyper.lr == 0:
         return math.inf, math.inf
@@ -308,16 +311,22 @@ def texp_phases(
     Raises ValueError as `alpha_star`, and for milestones that are not ascending positive integers.
     """
     milestones = list(milestones)
-    if any(m != int(m) or m <= 0 for m in milestones) or sorted(set(milestones)) != milestones:
+    if (
+        any(not math.isfinite(m) or m != int(m) or m <= 0 for m in milestones)
+        or sorted(set(milestones)) != milestones
+    ):
         raise ValueError(f"milestones must be ascending positive step numbers, got {milestones}")
     check_non_negative(lr=lr, gamma=gamma)
     if lr == 0 or gamma == 0:
         raise ValueError(f"lr and gamma must be greater than 0, got lr = {lr} and gamma = {gamma}")
     phases: list[Phase] = []
     for index, start in enumerate([0, *map(int, milestones)]):
-        phase_lr = lr * gamma**index
-        if phase_lr == 0:
-            raise ValueError(f"lr·gamma^{index} = {lr}·{gamma}^{index} is too small for a float")
+        try:
+            phase_lr = lr * gamma**index
+        except OverflowError:
+            phase_lr = math.inf
+        if phase_lr == 0 or phase_lr == math.inf:
+            raise ValueError(f"lr·gamma^{index} = {lr}·{gamma}^{index} leaves the range of a float")
         alpha = alpha_star(phase_lr if taper else lr, weight_decay, momentum)
         if not phases:
             phases.append(Phase(start, phase_lr, alpha, 1.0, math.log10(lr) - math.log10(alpha)))
