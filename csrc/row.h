@@ -40,4 +40,18 @@ TEXP_INLINE void update(const Row<T>& row, T& p, T g, T& b) {
   b = fused(row.r_d, d, row.r_u * u);
 }
 
+// Heavy ball: d = u, and b only scales. Then four of the products are with 0 or 1 and need not be made.
+template <class T>
+bool is_heavy_ball(const Row<T>& row) {
+  return row.c_u == 1 && row.c_g == 0 && row.c_p == 0 && row.r_d == 0;
+}
+
+// As `update`, with the same bits, for such a row (and finite numbers: 0 times infinity is not 0).
+template <class T>
+TEXP_INLINE void update_heavy_ball(const Row<T>& row, T& p, T g, T& b) {
+  const T u = fused(row.a_b, b, fused(row.a_p, p, row.a_g * g));
+  p = fused(-row.e, u, row.s_p * p);
+  b = row.r_u * u;
+}
+
 }  // namespace texp

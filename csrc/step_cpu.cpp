@@ -66,13 +66,18 @@ TEXP_INLINE void store(fp16& to, float x) {
   to.bits = static_cast<uint16_t>((magnitude >= (143u << 23) ? special : finite) | bits >> 16 & 0x8000u);
 }
 
-template <class T, class P, class B, bool has_grad, bool has_buf>
+template <class T, class P, class B, bool has_grad, bool has_buf, bool heavy_ball>
 TEXP_INLINE void span(const Row<T>& row, P* __restrict p, const P* __restrict g, B* __restrict b, int64_t n) {
   const Row<T> r = row;
   for (int64_t i = 0; i < n; ++i) {
     T weight = load(p[i]);
     T buffer = has_buf ? load(b[i]) : T(0);
-    update<T>(r, weight, has_grad ? load(g[i]) : T(0), buffer);
+    const T gradient = has_grad ? load(g[i]) : T(0);
+    if constexpr (heavy_ball) {
+      update_heavy_ball<T>(r, weight, gradient, buffer);
+    } else {
+      update<T>(r, weight, gradient, buffer);
+    }
     store(p[i], weight);
     if (has_buf) store(b[i], buffer);
   }
@@ -83,10 +88,11 @@ TEXP_INLINE void span(const Row<T>& row, const Item& item, int64_t offset, int64
   P* p = static_cast<P*>(item.p) + offset;
   const P* g = static_cast<const P*>(item.g) + (item.g ? offset : 0);
   B* b = static_cast<B*>(item.b) + (item.b ? offset : 0);
-  if (g && b) return span<T, P, B, true, true>(row, p, g, b, n);
-  if (g) return span<T, P, B, true, false>(row, p, g, b, n);
-  if (b) return span<T, P, B, false, true>(row, p, g, b, n);
-  return span<T, P, B, false, false>(row, p, g, b, n);
+  if (g && b && is_heavy_ball(row)) return span<T, P, B, true, true, true>(row, p, g, b, n);
+  if (g && b) return span<T, P, B, true, true, false>(row, p, g, b, n);
+  if (g) return span<T, P, B, true, false, false>(row, p, g, b, n);
+  if (b) return span<T, P, B, false, true, false>(row, p, g, b, n);
+  return span<T, P, B, false, false, false>(row, p, g, b, n);
 }
 
 TEXP_INLINE void span(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
@@ -133,6 +139,10 @@ Span choose_span() { return span_any; }
 // Fewer elements than this are not worth waking another thread for; torch's own threshold.
 constexpr int64_t kGrain = 32768;
 
+// Elements. A thread takes a run of tiles as one, so that small ones cost nothing; threads get equal numbers of tiles, so
+// that many tensors smaller than a tile would make for unequal shares. A multiple of a cache line for every dtype.
+constexpr int64_t kTile = 256;
+
 }  // namespace
 
 void step_cpu(const std::vector<Item>& items, const Rows& rows) {
@@ -141,7 +151,7 @@ void step_cpu(const std::vector<Item>& items, const Rows& rows) {
   std::vector<int64_t> first(n + 1, 0);
   int64_t elements = 0;
   for (int64_t i = 0; i < n; ++i) {
-    first[i + 1] = first[i] + tiles_of(items[i].numel);
+    first[i + 1] = first[i] + tiles_of(items[i].numel, kTile);
     elements += items[i].numel;
   }
   const auto run = [&](int64_t tile, int64_t end) {

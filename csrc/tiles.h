@@ -1,5 +1,5 @@
 // One flattened index space over all tensors of a step: tile → (tensor, offset). CPU threads and CUDA blocks use the
-// same mapping. Sizes are 64-bit; empty tensors have no tiles.
+// same mapping, with tiles of their own size. Sizes are 64-bit; empty tensors have no tiles.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,7 @@
 
 namespace texp {
 
-constexpr int64_t kTile = 4096;  // elements
-
-TEXP_INLINE int64_t tiles_of(int64_t numel) { return numel / kTile + (numel % kTile != 0); }
+TEXP_INLINE int64_t tiles_of(int64_t numel, int64_t tile) { return numel / tile + (numel % tile != 0); }
 
 // The tensor of a tile. first[i] is the number of tiles before tensor i, for i = 0 … n; 0 ≤ tile < first[n].
 TEXP_INLINE int64_t tensor_of(int64_t tile, const int64_t* first, int64_t n) {

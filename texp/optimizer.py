@@ -161,6 +161,8 @@ class SGD(torch.optim.Optimizer):
 
         Returns what the closure returned, or None.
         """
+        if torch.compiler.is_compiling():
+            return self._untraced_step(closure)
         observed = (
             closure is not None
             or self._core is None
@@ -204,6 +206,8 @@ class SGD(torch.optim.Optimizer):
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
+    # There is nothing in a step for torch.compile to fuse: it is one pass already, or plain torch.
+    _untraced_step = torch._disable_dynamo(_observed_step)
 
     @torch.enable_grad()
     def _differentiable_step(self) -> None:

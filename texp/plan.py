@@ -22,7 +22,6 @@ class Plan(NamedTuple):
     new_bufs: list[tuple[Tensor, Tensor]]
 
 
-@torch.compiler.disable
 def step(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad_scale: float) -> None:
     """One step of all groups by `texp.reference`; modifies parameters, momentum buffers, norm_stats and scales.
 
