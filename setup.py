@@ -43,7 +43,7 @@ def native() -> dict:
     core = CppExtension(
         "texp._C",
         ["csrc/bindings.cpp", "csrc/step_cpu.cpp"],
-        depends=["csrc/row.h", "csrc/scale.h", "csrc/tiles.h", "csrc/step.h"],
+        depends=[f"csrc/{header}.h" for header in ("plan", "row", "scale", "step", "tiles")],
         extra_compile_args=FLAGS + flags,
         extra_link_args=flags[:1] + (["-fopenmp"] if "-fopenmp" in FLAGS else []),
     )

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "row.h"
@@ -35,5 +36,10 @@ struct Rows {
 
 // Applies to each item its row, in one pass over one index space, split over torch's threads.
 void step_cpu(const std::vector<Item>& items, const Rows& rows);
+
+// The instruction sets it was compiled for that this processor has, the best first, which is used unless another is
+// asked for. All give the same bits.
+std::vector<std::string> cpu_variants();
+void use_cpu_variant(const std::string& name);
 
 }  // namespace texp

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "step.h"
 #include "tiles.h"
@@ -125,16 +127,37 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-widt
   span(item, rows, offset, n);
 }
 
-Span choose_span() {
+bool has_avx2() {
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return span_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return span_avx2;
-  return span_any;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
-#else
-Span choose_span() { return span_any; }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
+
+struct Variant {
+  std::string name;
+  Span span;
+};
+
+// Those that this processor can run, the best first.
+const std::vector<Variant>& variants() {
+  static const std::vector<Variant> found = [] {
+    std::vector<Variant> all;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (has_avx512()) all.push_back({"avx512", span_avx512});
+    if (has_avx2()) all.push_back({"avx2", span_avx2});
+#endif
+    all.push_back({"any", span_any});
+    return all;
+  }();
+  return found;
+}
+
+Span chosen = variants().front().span;
 
 // Fewer elements than this are not worth waking another thread for; torch's own threshold.
 constexpr int64_t kGrain = 32768;
@@ -146,7 +169,6 @@ constexpr int64_t kTile = 256;
 }  // namespace
 
 void step_cpu(const std::vector<Item>& items, const Rows& rows) {
-  static const Span span = choose_span();
   const auto n = static_cast<int64_t>(items.size());
   std::vector<int64_t> first(n + 1, 0);
   int64_t elements = 0;
@@ -159,7 +181,7 @@ void step_cpu(const std::vector<Item>& items, const Rows& rows) {
       const int64_t stop = std::min(end, first[i + 1]);
       if (tile == stop) continue;  // an empty tensor
       const int64_t offset = (tile - first[i]) * kTile;
-      span(items[i], rows, offset, std::min(items[i].numel, (stop - first[i]) * kTile) - offset);
+      chosen(items[i], rows, offset, std::min(items[i].numel, (stop - first[i]) * kTile) - offset);
       tile = stop;
     }
   };
@@ -169,6 +191,22 @@ void step_cpu(const std::vector<Item>& items, const Rows& rows) {
   } else {
     at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (elements / tiles)), run);
   }
+}
+
+std::vector<std::string> cpu_variants() {
+  std::vector<std::string> names;
+  for (const Variant& variant : variants()) names.push_back(variant.name);
+  return names;
+}
+
+void use_cpu_variant(const std::string& name) {
+  for (const Variant& variant : variants()) {
+    if (variant.name == name) {
+      chosen = variant.span;
+      return;
+    }
+  }
+  throw std::invalid_argument("this processor cannot run the variant " + name);
 }
 
 }  // namespace texp

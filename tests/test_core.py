@@ -149,6 +149,37 @@ def test_the_number_of_threads_changes_no_bit(threads):
     assert all(same_bits(p, q) for p, q in zip(*runs, strict=True))
 
 
+def test_every_instruction_set_gives_the_same_bits():
+    """Those that this processor has; the best is what all other tests use."""
+    names = core.cpu_variants()
+    assert names[-1] == "any"
+    rows = [INCREMENT, theory.advance(Scale(1.5, 0, 0.1), theory.Hyperparameters(0.1, 0.9, 0.1, 0.1, True)).running]
+    results = []
+    try:
+        for name in names:
+            core.use_cpu_variant(name)
+            generator = torch.Generator().manual_seed(0)
+            entries = []
+            for dtype in DTYPES:
+                p, g, b = (torch.randn(1003, generator=generator).to(dtype) for _ in "pgb")
+                wide = b.float() if dtype != torch.float64 else b.clone()
+                entries += [
+                    Entry(p, g, b),
+                    Entry(p.clone(), g, wide),
+                    Entry(p.clone(), g),
+                    Entry(p.clone(), None, b.clone()),
+                ]
+            for row in rows:
+                core.apply(row, entries)
+            results.append([x for entry in entries for x in (entry.param, entry.buf) if x is not None])
+    finally:
+        core.use_cpu_variant(names[0])
+    for other in results[1:]:
+        assert all(same_bits(x, y) for x, y in zip(results[0], other, strict=True))
+    with pytest.raises(ValueError, match="cannot run the variant mmx"):
+        core.use_cpu_variant("mmx")
+
+
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
