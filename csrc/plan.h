@@ -100,7 +100,7 @@ class Plan {
   void run() {
     // Letting other threads have the interpreter pays for steps that take longer than the handing over. They may then
     // drop tensors, such as gradients, which are therefore held.
-    if (elements_ > 100'000) {
+    if (elements_ > 1'000'000) {
       std::vector<c10::intrusive_ptr<c10::TensorImpl>> held;
       held.reserve(read_.size() + written_.size());
       for (const auto& impls : {read_, written_})
