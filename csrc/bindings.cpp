@@ -54,14 +54,16 @@ PyObject* required(PyObject* group, PyObject* key) {
   return value;
 }
 
-double number(PyObject* group, PyObject* key) {
-  PyObject* value = required(group, key);
+double number(PyObject* value) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  if (THPVariable_Check(value)) return THPVariable_Unpack(value).item().toDouble();
+  // Whether something is a tensor is a question that torch answers in Python.
+  if (!PyLong_CheckExact(value) && THPVariable_Check(value)) return THPVariable_Unpack(value).item().toDouble();
   const double converted = PyFloat_AsDouble(value);
   if (converted == -1 && PyErr_Occurred()) throw py::error_already_set();
   return converted;
 }
+
+double number(PyObject* group, PyObject* key) { return number(required(group, key)); }
 
 bool flag(PyObject* group, PyObject* key) {
   const int truth = PyObject_IsTrue(required(group, key));
@@ -98,22 +100,42 @@ Hyperparameters hyperparameters(PyObject* group, Py_ssize_t index) {
   return h;
 }
 
-Scale scale_of(PyObject* group) {
-  const Names& key = names();
-  return {number(group, key.scale), static_cast<int64_t>(number(group, key.scale_exponent)),
-          number(group, key.carried_decay)};
-}
-
 void set(PyObject* dict, PyObject* key, py::object value) {
   if (PyDict_SetItem(dict, key, value.ptr()) != 0) throw py::error_already_set();
 }
 
-void set_scale(PyObject* group, const Scale& before, const Scale& after) {
-  const Names& key = names();
-  if (after.P != before.P) set(group, key.scale, py::float_(after.P));
-  if (after.exponent != before.exponent) set(group, key.scale_exponent, py::int_(after.exponent));
-  if (after.kappa != before.kappa) set(group, key.carried_decay, py::float_(after.kappa));
+// Overwrites a float that nobody but its dict holds, which costs far less than to make and to set another; false where
+// it cannot be done.
+bool overwrite(PyObject* value, double number) {
+#ifdef Py_GIL_DISABLED
+  return false;
+#else
+  if (Py_REFCNT(value) != 1 || !PyFloat_CheckExact(value)) return false;
+  reinterpret_cast<PyFloatObject*>(value)->ob_fval = number;
+  return true;
+#endif
 }
+
+// The scale of a group as its dict holds it. The objects are borrowed from it.
+struct StoredScale {
+  PyObject *group, *P, *exponent, *kappa;
+
+  explicit StoredScale(PyObject* group)
+      : group(group),
+        P(required(group, names().scale)),
+        exponent(required(group, names().scale_exponent)),
+        kappa(required(group, names().carried_decay)) {}
+
+  Scale read() const { return {number(P), static_cast<int64_t>(number(exponent)), number(kappa)}; }
+
+  // borrowed: no Python code has run since.
+  void write(const Scale& before, const Scale& after, bool borrowed) const {
+    if (after.P != before.P && !(borrowed && overwrite(P, after.P))) set(group, names().scale, py::float_(after.P));
+    if (after.exponent != before.exponent) set(group, names().scale_exponent, py::int_(after.exponent));
+    if (after.kappa != before.kappa && !(borrowed && overwrite(kappa, after.kappa)))
+      set(group, names().carried_decay, py::float_(after.kappa));
+  }
+};
 
 // optimizer.state[param], or null. A tensor hashes by identity in a Python method, which would cost more than the look-up.
 PyObject* state_of(PyObject* state, PyObject* param) {
@@ -156,9 +178,25 @@ struct Param {
   }
 };
 
+// One step of a group, and its rows in the plan (-1: not yet in it).
+struct Advanced {
+  Scale scale;
+  Hyperparameters h;
+  bool first;
+  Step step;
+  int32_t running = -1, starting = -1, idle = -1;
+
+  Advanced(const Scale& scale, const Hyperparameters& h, bool first, double grad_scale)
+      : scale(scale), h(h), first(first), step(advance(scale, h, first, grad_scale)) {}
+
+  bool is_of(const Scale& scale, const Hyperparameters& h, bool first) const {
+    return this->first == first && this->scale == scale && this->h == h;
+  }
+};
+
 struct Rescaled {
-  PyObject* group;
-  Scale before, after;
+  StoredScale stored;
+  size_t step;  // which of Scratch::steps
 };
 
 // What a step works with, kept from step to step for its memory.
@@ -166,6 +204,7 @@ struct Scratch {
   Plan plan;
   std::vector<Param> params;                                // of one group
   std::vector<py::object> foreign_grads;                    // keeps them alive
+  std::vector<Advanced> steps;                              // groups in a row that stand at the same point share one
   std::vector<Rescaled> rescaled;                           // groups whose scale changes
   std::vector<std::pair<PyObject*, at::Tensor>> new_bufs;   // of parameters that take their first step
   bool busy = false;
@@ -174,6 +213,7 @@ struct Scratch {
     plan.clear();
     params.clear();
     foreign_grads.clear();
+    steps.clear();
     rescaled.clear();
     new_bufs.clear();
   }
@@ -231,7 +271,8 @@ py::list step(const py::list& groups, const py::dict& state, double grad_scale, 
 
     if (flag(group, key.capturable)) py::module_::import("texp.backends").attr("check_capturable")();
     const Hyperparameters h = hyperparameters(group, index);
-    const Scale scale = scale_of(group);
+    const StoredScale stored(group);
+    const Scale scale = stored.read();
     const bool ordinary = !h.scale_invariant && scale.P == 1 && scale.kappa == 0;
     bool first = true;
     if (h.momentum != 0 || !ordinary) {
@@ -240,32 +281,32 @@ py::list step(const py::list& groups, const py::dict& state, double grad_scale, 
         first = first && param.buf == nullptr;
       }
     }
-    const Step rows = advance(scale, h, first, grad_scale);
-    if (!ordinary) scratch.rescaled.push_back({group, scale, rows.scale});
+    if (scratch.steps.empty() || !scratch.steps.back().is_of(scale, h, first))
+      scratch.steps.emplace_back(scale, h, first, grad_scale);
+    Advanced& advanced = scratch.steps.back();
+    const Step& rows = advanced.step;
+    if (!ordinary) scratch.rescaled.push_back({stored, scratch.steps.size() - 1});
 
-    struct Choice {
-      const Row<double>& row;
-      int32_t index = -1;
-    } running{rows.running}, starting{rows.first}, idle{rows.idle};
     const bool idle_keeps = keeps(rows.idle);
     for (const Param& param : params) {
       if (!param.has_grad() && idle_keeps) continue;
       const bool starts = param.has_grad() && param.buf == nullptr && h.momentum != 0;
-      Choice& choice = !param.has_grad() ? idle : starts ? starting : running;
-      if (choice.index < 0) choice.index = plan.add_row(choice.row);
+      const Row<double>& row = !param.has_grad() ? rows.idle : starts ? rows.first : rows.running;
+      int32_t& choice = !param.has_grad() ? advanced.idle : starts ? advanced.starting : advanced.running;
+      if (choice < 0) choice = plan.add_row(row);
       const char* reason = "is a subclass of torch.Tensor";
       if (param.exact && (param.buf == nullptr || THPVariable_CheckExact(param.buf))) {
         const at::Tensor& p = THPVariable_Unpack(param.object);
         if (!starts) {
-          reason = plan.take(p, param.grad, param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf), choice.index);
+          reason = plan.take(p, param.grad, param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf), choice);
         } else if ((reason = unsupported(p)) == nullptr && (reason = unsupported(*param.grad)) == nullptr) {
           scratch.new_bufs.emplace_back(param.object, at::zeros_like(p));
-          reason = plan.take(p, param.grad, &scratch.new_bufs.back().second, choice.index);
+          reason = plan.take(p, param.grad, &scratch.new_bufs.back().second, choice);
           if (reason != nullptr) scratch.new_bufs.pop_back();
         }
       }
       if (reason != nullptr) {
-        left.append(py::make_tuple(index, reason, as_tuple(choice.row), py::handle(param.object), param.grad_object(),
+        left.append(py::make_tuple(index, reason, as_tuple(row), py::handle(param.object), param.grad_object(),
                                    py::reinterpret_borrow<py::object>(param.buf == nullptr ? Py_None : param.buf), starts));
       }
     }
@@ -288,7 +329,8 @@ py::list step(const py::list& groups, const py::dict& state, double grad_scale, 
     const py::object values = state[py::handle(param)];
     set(values.ptr(), key.momentum_buffer, py::reinterpret_steal<py::object>(THPVariable_Wrap(buf)));
   }
-  for (const auto& [group, before, after] : scratch.rescaled) set_scale(group, before, after);
+  const bool borrowed = PyList_GET_SIZE(left.ptr()) == 0 && scratch.new_bufs.empty() && !plan.lends_interpreter();
+  for (const auto& [stored, i] : scratch.rescaled) stored.write(scratch.steps[i].scale, scratch.steps[i].step.scale, borrowed);
   return left;
 }
 

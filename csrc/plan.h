@@ -97,10 +97,12 @@ class Plan {
     return nullptr;
   }
 
+  // Letting other threads have the interpreter pays for steps that take longer than the handing over.
+  bool lends_interpreter() const { return elements_ > 1'000'000; }
+
   void run() {
-    // Letting other threads have the interpreter pays for steps that take longer than the handing over. They may then
-    // drop tensors, such as gradients, which are therefore held.
-    if (elements_ > 1'000'000) {
+    if (lends_interpreter()) {
+      // Other threads may drop tensors, such as gradients, which are therefore held.
       std::vector<c10::intrusive_ptr<c10::TensorImpl>> held;
       held.reserve(read_.size() + written_.size());
       for (const auto& impls : {read_, written_})

@@ -19,11 +19,15 @@ struct Scale {
   double P = 1;
   int64_t exponent = 0;
   double kappa = 0;
+
+  bool operator==(const Scale&) const = default;
 };
 
 struct Hyperparameters {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize, scale_invariant;
+
+  bool operator==(const Hyperparameters&) const = default;
 };
 
 struct Step {
