@@ -1,7 +1,9 @@
-// The host side of a step: walks the groups of an optimizer, checks everything, chooses each tensor's row, and runs the
-// kernel. It builds no Python lists, and changes nothing before all checks have passed.
-#include <ATen/core/grad_mode.h>
+// The module texp._C. A step is one walk over parameter groups, as texp/plan.py would do it, that changes nothing; then
+// whatever can fail; then the kernel.
+#include <ATen/core/Tensor.h>
 #include <ATen/record_function.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -10,150 +12,12 @@
 #include <optional>
 #include <string>
 
+#include "groups.h"
 #include "plan.h"
 #include "scale.h"
 
 namespace texp {
 namespace {
-
-// Names of keys and attributes, made once.
-struct Names {
-#define TEXP_NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
-  TEXP_NAME(params);
-  TEXP_NAME(lr);
-  TEXP_NAME(momentum);
-  TEXP_NAME(dampening);
-  TEXP_NAME(weight_decay);
-  TEXP_NAME(nesterov);
-  TEXP_NAME(maximize);
-  TEXP_NAME(scale_invariant);
-  TEXP_NAME(capturable);
-  TEXP_NAME(scale);
-  TEXP_NAME(scale_exponent);
-  TEXP_NAME(carried_decay);
-  TEXP_NAME(norm_stats);
-  TEXP_NAME(momentum_buffer);
-  TEXP_NAME(grad);
-#undef TEXP_NAME
-};
-
-const Names& names() {
-  static const Names made;
-  return made;
-}
-
-PyObject* item(PyObject* dict, PyObject* key) {
-  PyObject* value = PyDict_GetItemWithError(dict, key);  // borrowed
-  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-PyObject* required(PyObject* group, PyObject* key) {
-  PyObject* value = item(group, key);
-  if (value == nullptr) throw py::key_error(PyUnicode_AsUTF8(key));
-  return value;
-}
-
-double number(PyObject* value) {
-  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  // Whether something is a tensor is a question that torch answers in Python.
-  if (!PyLong_CheckExact(value) && THPVariable_Check(value)) return THPVariable_Unpack(value).item().toDouble();
-  const double converted = PyFloat_AsDouble(value);
-  if (converted == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return converted;
-}
-
-double number(PyObject* group, PyObject* key) { return number(required(group, key)); }
-
-bool flag(PyObject* group, PyObject* key) {
-  const int truth = PyObject_IsTrue(required(group, key));
-  if (truth < 0) throw py::error_already_set();
-  return truth != 0;
-}
-
-[[noreturn]] void refuse(Py_ssize_t group, PyObject* name, const char* what, double value) {
-  char* text = PyOS_double_to_string(value, 'r', 0, Py_DTSF_ADD_DOT_0, nullptr);
-  const std::string message = "parameter group " + std::to_string(group) + ": " + PyUnicode_AsUTF8(name) +
-                              " must be a finite number" + what + ", got " + text;
-  PyMem_Free(text);
-  throw py::value_error(message);
-}
-
-Hyperparameters hyperparameters(PyObject* group, Py_ssize_t index) {
-  const Names& key = names();
-  const Hyperparameters h{
-      .lr = number(group, key.lr),
-      .momentum = number(group, key.momentum),
-      .dampening = number(group, key.dampening),
-      .weight_decay = number(group, key.weight_decay),
-      .nesterov = flag(group, key.nesterov),
-      .maximize = flag(group, key.maximize),
-      .scale_invariant = flag(group, key.scale_invariant),
-  };
-  const auto at_least_0 = [&](PyObject* name, double value) {
-    if (!(std::isfinite(value) && value >= 0)) refuse(index, name, " of at least 0", value);
-  };
-  at_least_0(key.momentum, h.momentum);
-  at_least_0(key.weight_decay, h.weight_decay);
-  if (!std::isfinite(h.lr)) refuse(index, key.lr, "", h.lr);
-  if (!std::isfinite(h.dampening)) refuse(index, key.dampening, "", h.dampening);
-  return h;
-}
-
-void set(PyObject* dict, PyObject* key, py::object value) {
-  if (PyDict_SetItem(dict, key, value.ptr()) != 0) throw py::error_already_set();
-}
-
-// Overwrites a float that nobody but its dict holds, which costs far less than to make and to set another; false where
-// it cannot be done.
-bool overwrite(PyObject* value, double number) {
-#ifdef Py_GIL_DISABLED
-  return false;
-#else
-  if (Py_REFCNT(value) != 1 || !PyFloat_CheckExact(value)) return false;
-  reinterpret_cast<PyFloatObject*>(value)->ob_fval = number;
-  return true;
-#endif
-}
-
-// The scale of a group as its dict holds it. The objects are borrowed from it.
-struct StoredScale {
-  PyObject *group, *P, *exponent, *kappa;
-
-  explicit StoredScale(PyObject* group)
-      : group(group),
-        P(required(group, names().scale)),
-        exponent(required(group, names().scale_exponent)),
-        kappa(required(group, names().carried_decay)) {}
-
-  Scale read() const { return {number(P), static_cast<int64_t>(number(exponent)), number(kappa)}; }
-
-  // borrowed: no Python code has run since.
-  void write(const Scale& before, const Scale& after, bool borrowed) const {
-    if (after.P != before.P && !(borrowed && overwrite(P, after.P))) set(group, names().scale, py::float_(after.P));
-    if (after.exponent != before.exponent) set(group, names().scale_exponent, py::int_(after.exponent));
-    if (after.kappa != before.kappa && !(borrowed && overwrite(kappa, after.kappa)))
-      set(group, names().carried_decay, py::float_(after.kappa));
-  }
-};
-
-// optimizer.state[param], or null. A tensor hashes by identity in a Python method, which would cost more than the look-up.
-PyObject* state_of(PyObject* state, PyObject* param) {
-#if PY_VERSION_HEX < 0x030E0000
-  PyObject* values = _PyDict_GetItem_KnownHash(state, param, reinterpret_cast<Py_hash_t>(param));
-  if (values == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return values;
-#else
-  return item(state, param);
-#endif
-}
-
-PyObject* buffer_of(PyObject* state, PyObject* param) {
-  PyObject* values = state_of(state, param);
-  if (values == nullptr || !PyDict_Check(values)) return nullptr;
-  PyObject* buf = item(values, names().momentum_buffer);
-  return buf == Py_None ? nullptr : buf;
-}
 
 py::tuple as_tuple(const Row<double>& r) {
   return py::make_tuple(r.a_b, r.a_g, r.a_p, r.c_u, r.c_g, r.c_p, r.s_p, r.e, r.r_u, r.r_d);
@@ -163,20 +27,6 @@ bool keeps(const Row<double>& r) {
   return r.a_b == 1 && r.a_g == 0 && r.a_p == 0 && r.c_u == 0 && r.c_g == 0 && r.c_p == 0 && r.s_p == 1 && r.e == 0 &&
          r.r_u == 1 && r.r_d == 0;
 }
-
-struct Param {
-  PyObject* object;
-  const at::Tensor* grad;  // of a torch.Tensor or Parameter; null: none
-  PyObject* foreign_grad;  // of a subclass, fetched through Python; null: none
-  PyObject* buf;           // null: none
-  bool exact;              // a torch.Tensor or Parameter
-
-  bool has_grad() const { return grad != nullptr || foreign_grad != nullptr; }
-  py::object grad_object() const {
-    if (grad != nullptr) return py::reinterpret_steal<py::object>(THPVariable_Wrap(*grad));
-    return py::reinterpret_borrow<py::object>(foreign_grad != nullptr ? foreign_grad : Py_None);
-  }
-};
 
 // One step of a group, and its rows in the plan (-1: not yet in it).
 struct Advanced {
@@ -194,143 +44,236 @@ struct Advanced {
   }
 };
 
-struct Rescaled {
-  StoredScale stored;
-  size_t step;  // which of Scratch::steps
-};
-
-// What a step works with, kept from step to step for its memory.
-struct Scratch {
-  Plan plan;
-  std::vector<Param> params;                                // of one group
-  std::vector<py::object> foreign_grads;                    // keeps them alive
-  std::vector<Advanced> steps;                              // groups in a row that stand at the same point share one
-  std::vector<Rescaled> rescaled;                           // groups whose scale changes
-  std::vector<std::pair<PyObject*, at::Tensor>> new_bufs;   // of parameters that take their first step
+// The walk over the groups, and what it found.
+class Walk {
+ public:
   bool busy = false;
 
+  // Forgets everything, but keeps the memory for the next step.
   void clear() {
-    plan.clear();
-    params.clear();
-    foreign_grads.clear();
-    steps.clear();
-    rescaled.clear();
-    new_bufs.clear();
+    plan_.clear();
+    forget();
+    reader_.careful = Reader::always_careful;
   }
-};
 
-Param param_of(PyObject* object, std::vector<py::object>& foreign_grads) {
-  Param param{object, nullptr, nullptr, nullptr, THPVariable_CheckExact(object)};
-  if (param.exact) {
-    const at::Tensor& grad = THPVariable_Unpack(object).unsafeGetTensorImpl()->grad();
-    if (grad.defined()) param.grad = &grad;
-  } else {
-    py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, names().grad));
-    if (!grad) throw py::error_already_set();
-    if (!grad.is_none()) {
-      param.foreign_grad = grad.ptr();
-      foreign_grads.push_back(std::move(grad));
+  // Walks over the groups and changes nothing.
+  void walk(const py::list& groups, const py::dict& state, double grad_scale) {
+    watched_ = c10::impl::TorchDispatchModeTLS::any_modes_set();
+    try {
+      walk_once(groups, state, grad_scale);
+    } catch (const Unusual&) {
+      plan_.clear();
+      walk_carefully(groups, state, grad_scale);
+    }
+    if (plan_.has_shared_memory()) walk_carefully(groups, state, grad_scale);
+    // From here on Python code may run: what is left to the reference is looked at, state is made for new buffers, or
+    // another thread has the interpreter.
+    if (!left_.empty() || !new_bufs_.empty() || plan_.lends_interpreter()) hold();
+  }
+
+  // (group index, why, row, param, grad, buffer or None, whether it is yet to be made) of each tensor that the kernel
+  // does not take; for a tensor of norm_stats, `why` is None.
+  py::list left() const {
+    py::list list;
+    for (const Left& l : left_) {
+      const auto or_none = [](PyObject* object) {
+        return py::reinterpret_borrow<py::object>(object == nullptr ? Py_None : object);
+      };
+      const Param& p = l.param;
+      const py::object grad = p.grad == nullptr ? or_none(p.foreign_grad)
+                                                : py::reinterpret_steal<py::object>(THPVariable_Wrap(*p.grad));
+      py::object why = py::none();
+      if (l.refusal) why = py::str(std::string(l.refusal.who) + " " + l.refusal.why);
+      list.append(py::make_tuple(l.group, why, as_tuple(plan_.row(l.row)), or_none(p.object), grad, or_none(p.buf),
+                                 l.starts));
+    }
+    return list;
+  }
+
+  // Finds, or makes, where the new buffers are going to be.
+  void find_states(const py::dict& state) {
+    for (NewBuf& made : new_bufs_) {
+      made.values = state[py::handle(made.param)];
+      if (!PyDict_Check(made.values.ptr())) throw py::type_error("optimizer.state must hold a dict for each parameter");
     }
   }
-  return param;
-}
 
-// Takes one step of all tensors that the kernel can take.
-//
-// Returns what is left to do: a list of (group index, reason, row, param, grad, buffer or None, whether the buffer is to be
-// made). `check` is called with that list, if it is not empty, before anything is changed; it may raise.
-py::list step(const py::list& groups, const py::dict& state, double grad_scale, const py::object& check) {
-  const Names& key = names();
-  at::NoGradGuard no_grad;
-  thread_local Scratch kept;
-  std::optional<Scratch> own;  // where `check` or a hook steps another optimizer meanwhile
-  if (kept.busy) own.emplace();
-  Scratch& scratch = own ? *own : kept;
-  struct Busy {
-    Scratch& scratch;
-    explicit Busy(Scratch& s) : scratch(s) { s.busy = true; }
-    ~Busy() {
-      scratch.clear();
-      scratch.busy = false;
+  void run() {
+    if (plan_.lends_interpreter()) {
+      const py::gil_scoped_release release;
+      plan_.run();
+    } else {
+      plan_.run();
     }
-  } busy(scratch);
-  Plan& plan = scratch.plan;
-  std::vector<Param>& params = scratch.params;
-  py::list left;
+    plan_.bump_versions();
+    for (const auto& [stored, i] : rescaled_) stored.write(steps_[i].scale, steps_[i].step.scale, !held_);
+    for (const NewBuf& made : new_bufs_)
+      set(made.values.ptr(), names().momentum_buffer, py::reinterpret_steal<py::object>(THPVariable_Wrap(made.buf)));
+  }
 
-  for (Py_ssize_t index = 0; index < PyList_GET_SIZE(groups.ptr()); ++index) {
-    PyObject* group = PyList_GET_ITEM(groups.ptr(), index);
-    PyObject* list = required(group, key.params);
-    params.clear();
+ private:
+  struct Left {
+    Py_ssize_t group;
+    Refusal refusal;
+    int32_t row;
+    Param param;
+    bool starts;
+  };
+
+  struct Rescaled {
+    StoredScale stored;
+    size_t step;  // which of steps_
+  };
+
+  struct NewBuf {
+    PyObject* param;
+    at::Tensor buf;
+    py::object values;  // optimizer.state[param]
+  };
+
+  void forget() {
+    reader_.clear();
+    params_.clear();
+    steps_.clear();
+    rescaled_.clear();
+    new_bufs_.clear();
+    left_.clear();
+    objects_.clear();
+    grads_of_left_.clear();
+    held_ = false;
+  }
+
+  void walk_carefully(const py::list& groups, const py::dict& state, double grad_scale) {
+    forget();
+    reader_.careful = held_ = true;
+    walk_once(groups, state, grad_scale);
+  }
+
+  void walk_once(const py::list& groups, const py::dict& state, double grad_scale) {
+    for (Py_ssize_t index = 0; index < PyList_GET_SIZE(groups.ptr()); ++index)
+      walk_group(index, PyList_GET_ITEM(groups.ptr(), index), state.ptr(), grad_scale);
+  }
+
+  void walk_group(Py_ssize_t index, PyObject* group, PyObject* state, double grad_scale) {
+    const Names& key = names();
+    reader_.hold(group);
+    PyObject* list = reader_.hold(required(group, key.params));
+    if (!PyList_Check(list) && !PyTuple_Check(list)) throw py::type_error("group['params'] must be a list");
+    params_.clear();
     bool steps = false;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-      params.push_back(param_of(PyList_GET_ITEM(list, i), scratch.foreign_grads));
-      steps = steps || params.back().has_grad();
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
+      params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
+      steps = steps || params_.back().has_grad();
     }
-    if (!steps) continue;
+    if (!steps) return;
 
-    if (flag(group, key.capturable)) py::module_::import("texp.backends").attr("check_capturable")();
-    const Hyperparameters h = hyperparameters(group, index);
+    if (reader_.flag(required(group, key.capturable))) py::module_::import("texp.backends").attr("check_capturable")();
+    const Hyperparameters h = reader_.hyperparameters(group, index);
     const StoredScale stored(group);
-    const Scale scale = stored.read();
+    const Scale scale = reader_.scale(stored, index);
     const bool ordinary = !h.scale_invariant && scale.P == 1 && scale.kappa == 0;
     bool first = true;
     if (h.momentum != 0 || !ordinary) {
-      for (Param& param : params) {
-        param.buf = buffer_of(state.ptr(), param.object);
+      for (Param& param : params_) {
+        param.buf = reader_.buffer(state, param);
         first = first && param.buf == nullptr;
       }
     }
-    if (scratch.steps.empty() || !scratch.steps.back().is_of(scale, h, first))
-      scratch.steps.emplace_back(scale, h, first, grad_scale);
-    Advanced& advanced = scratch.steps.back();
-    const Step& rows = advanced.step;
-    if (!ordinary) scratch.rescaled.push_back({stored, scratch.steps.size() - 1});
+    if (steps_.empty() || !steps_.back().is_of(scale, h, first)) steps_.emplace_back(scale, h, first, grad_scale);
+    Advanced& advanced = steps_.back();
+    if (!ordinary) rescaled_.push_back({stored, steps_.size() - 1});
 
-    const bool idle_keeps = keeps(rows.idle);
-    for (const Param& param : params) {
+    const bool idle_keeps = keeps(advanced.step.idle);
+    for (const Param& param : params_) {
       if (!param.has_grad() && idle_keeps) continue;
       const bool starts = param.has_grad() && param.buf == nullptr && h.momentum != 0;
-      const Row<double>& row = !param.has_grad() ? rows.idle : starts ? rows.first : rows.running;
-      int32_t& choice = !param.has_grad() ? advanced.idle : starts ? advanced.starting : advanced.running;
-      if (choice < 0) choice = plan.add_row(row);
-      const char* reason = "is a subclass of torch.Tensor";
-      if (param.exact && (param.buf == nullptr || THPVariable_CheckExact(param.buf))) {
-        const at::Tensor& p = THPVariable_Unpack(param.object);
-        if (!starts) {
-          reason = plan.take(p, param.grad, param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf), choice);
-        } else if ((reason = unsupported(p)) == nullptr && (reason = unsupported(*param.grad)) == nullptr) {
-          scratch.new_bufs.emplace_back(param.object, at::zeros_like(p));
-          reason = plan.take(p, param.grad, &scratch.new_bufs.back().second, choice);
-          if (reason != nullptr) scratch.new_bufs.pop_back();
-        }
-      }
-      if (reason != nullptr) {
-        left.append(py::make_tuple(index, reason, as_tuple(row), py::handle(param.object), param.grad_object(),
-                                   py::reinterpret_borrow<py::object>(param.buf == nullptr ? Py_None : param.buf), starts));
-      }
+      const int32_t row = !param.has_grad() ? row_of(advanced.idle, advanced.step.idle)
+                          : starts          ? row_of(advanced.starting, advanced.step.first)
+                                            : row_of(advanced.running, advanced.step.running);
+      if (const Refusal refusal = take(param, starts, row)) left_.push_back({index, refusal, row, param, starts});
     }
-    PyObject* stats = rows.growth == 1 ? nullptr : item(group, key.norm_stats);
-    for (Py_ssize_t i = 0; stats != nullptr && i < PyList_GET_SIZE(stats); ++i) {
-      const auto pair = py::reinterpret_borrow<py::tuple>(PyList_GET_ITEM(stats, i));
+    reader_.norm_stats(group, index, [&](PyObject* stat, double power) {
+      if (advanced.step.growth == 1) return;
       Row<double> row{};
-      row.s_p = std::pow(rows.growth, pair[1].cast<double>());
-      const char* reason = "is a subclass of torch.Tensor";
-      if (THPVariable_CheckExact(pair[0].ptr()))
-        reason = plan.take(THPVariable_Unpack(pair[0].ptr()), nullptr, nullptr, plan.add_row(row));
-      if (reason != nullptr)
-        left.append(py::make_tuple(index, reason, as_tuple(row), pair[0], py::none(), py::none(), false));
+      row.s_p = std::pow(advanced.step.growth, power);
+      const int32_t added = plan_.add_row(row);
+      const Param param{stat, static_cast<bool>(THPVariable_CheckExact(stat)), nullptr, nullptr};
+      if (take(param, false, added)) left_.push_back({index, {}, added, param, false});
+    });
+  }
+
+  int32_t row_of(int32_t& index, const Row<double>& row) {
+    if (index < 0) index = plan_.add_row(row);
+    return index;
+  }
+
+  Refusal take(const Param& param, bool starts, int32_t row) {
+    if (watched_)
+      return {"the parameter", "is stepped under a TorchDispatchMode, which is to see what happens to it"};
+    if (!param.exact) return {"the parameter", "is a subclass of torch.Tensor"};
+    const at::Tensor& p = THPVariable_Unpack(param.object);
+    if (param.buf != nullptr) {
+      if (!THPVariable_CheckExact(param.buf)) return {"its momentum buffer", "is not a torch.Tensor"};
+      return plan_.take(p, param.grad, &THPVariable_Unpack(param.buf), row);
+    }
+    if (!starts) return plan_.take(p, param.grad, nullptr, row);
+    if (const char* why = unwritable(p)) return {"the parameter", why};
+    if (const char* why = unsupported(*param.grad)) return {"its gradient", why};
+    const c10::InferenceMode normal(false);
+    const at::Tensor buf = at::zeros_like(p);
+    const Refusal refusal = plan_.take(p, param.grad, &buf, row);
+    if (!refusal) new_bufs_.push_back({param.object, buf, {}});
+    return refusal;
+  }
+
+  void hold() {
+    held_ = true;
+    plan_.hold();
+    const auto keep = [&](PyObject* object) { objects_.push_back(py::reinterpret_borrow<py::object>(object)); };
+    for (const Rescaled& r : rescaled_) keep(r.stored.group);
+    for (const NewBuf& made : new_bufs_) keep(made.param);
+    for (Left& l : left_) {
+      keep(l.param.object);
+      if (l.param.grad != nullptr) l.param.grad = &grads_of_left_.emplace_back(*l.param.grad);
+      if (l.param.buf != nullptr) keep(l.param.buf);
     }
   }
 
+  Reader reader_;
+  Plan plan_;
+  std::vector<Param> params_;        // of one group
+  std::vector<Advanced> steps_;      // groups in a row that stand at the same point share one
+  std::vector<Rescaled> rescaled_;   // groups whose scale changes
+  std::vector<NewBuf> new_bufs_;     // of parameters that take their first step
+  std::vector<Left> left_;           // what the kernel does not take
+  std::vector<py::object> objects_;  // kept alive
+  std::deque<at::Tensor> grads_of_left_;
+  bool watched_ = false;  // by a TorchDispatchMode
+  bool held_ = false;     // whether everything is kept alive, so that Python code may run
+};
+
+// Takes one step of all tensors that the kernel can take, and returns the list of the others (see Walk::left).
+//
+// `check` is called with that list, if it is not empty, before anything is changed; it may raise.
+py::list step(const py::list& groups, const py::dict& state, double grad_scale, const py::object& check) {
+  at::NoGradGuard no_grad;
+  thread_local Walk kept;
+  std::optional<Walk> own;  // where `check` or a hook steps another optimizer meanwhile
+  if (kept.busy) own.emplace();
+  Walk& walk = own ? *own : kept;
+  struct Busy {
+    Walk& walk;
+    explicit Busy(Walk& walk) : walk(walk) { walk.busy = true; }
+    ~Busy() {
+      walk.clear();
+      walk.busy = false;
+    }
+  } busy(walk);
+  walk.walk(groups, state, grad_scale);
+  const py::list left = walk.left();
   if (PyList_GET_SIZE(left.ptr()) != 0) check(left);
-  plan.run();
-  for (auto& [param, buf] : scratch.new_bufs) {
-    const py::object values = state[py::handle(param)];
-    set(values.ptr(), key.momentum_buffer, py::reinterpret_steal<py::object>(THPVariable_Wrap(buf)));
-  }
-  const bool borrowed = PyList_GET_SIZE(left.ptr()) == 0 && scratch.new_bufs.empty() && !plan.lends_interpreter();
-  for (const auto& [stored, i] : scratch.rescaled) stored.write(scratch.steps[i].scale, scratch.steps[i].step.scale, borrowed);
+  walk.find_states(state);
+  walk.run();
   return left;
 }
 
@@ -360,13 +303,12 @@ void apply(const py::tuple& row, const py::iterable& entries) {
     if (!THPVariable_CheckExact(object.ptr())) throw py::value_error("a tensor is a subclass of torch.Tensor");
     return &THPVariable_Unpack(object.ptr());
   };
-  const py::list kept(entries);
-  for (const py::handle& entry : kept) {
-    const auto t = py::reinterpret_borrow<py::tuple>(entry);
-    if (const char* reason = plan.take(*tensor(t[0]), tensor(t[1]), tensor(t[2]), index))
-      throw py::value_error(std::string("a tensor ") + reason);
+  for (const py::tuple& entry : py::cast<std::vector<py::tuple>>(entries)) {
+    if (const Refusal refusal = plan.take(*tensor(entry[0]), tensor(entry[1]), tensor(entry[2]), index))
+      throw py::value_error(std::string(refusal.who) + " " + refusal.why);
   }
   plan.run();
+  plan.bump_versions();
 }
 
 }  // namespace

@@ -1,11 +1,14 @@
 // Which tensors the kernel can take, and what one step is going to do to them.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/NativeFunctions.h>
 #include <ATen/core/Tensor.h>
-#include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <array>
 #include <deque>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -13,12 +16,10 @@
 
 namespace texp {
 
-namespace py = pybind11;
-
 // Why the kernel cannot take a tensor, or null.
 inline const char* unsupported(const at::Tensor& t) {
   if (!t.device().is_cpu()) return "is not on the CPU";
-  if (t.layout() != at::kStrided) return "is sparse";
+  if (t.layout() != at::kStrided) return "is not strided (sparse, say)";
   constexpr c10::DispatchKeySet lazy{c10::DispatchKey::Python, c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
                                      c10::DispatchKey::ZeroTensor};
   if (t.key_set().has_any(lazy)) return "is a subclass or a lazy view of a tensor";
@@ -31,6 +32,14 @@ inline const char* unsupported(const at::Tensor& t) {
     default:
       return "is not float32, float64, bfloat16 or float16";
   }
+}
+
+// The same for one that is written to.
+inline const char* unwritable(const at::Tensor& t) {
+  if (const char* reason = unsupported(t)) return reason;
+  if (t.is_inference()) return "is an inference tensor";
+  if (at::has_internal_overlap(t) == at::MemOverlap::Yes) return "holds several elements in one place (expanded)";
+  return nullptr;
 }
 
 inline Dtype dtype_of(const at::Tensor& t) {
@@ -46,82 +55,118 @@ inline Dtype dtype_of(const at::Tensor& t) {
   }
 }
 
+inline bool is_dense(const at::Tensor& t) { return t.is_contiguous() || t.is_non_overlapping_and_dense(); }
+
 inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   if (a.is_contiguous() && b.is_contiguous()) return true;
   for (int64_t i = 0; i < a.dim(); ++i)
     if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
-  return a.is_non_overlapping_and_dense() && b.is_non_overlapping_and_dense();
+  return is_dense(a) && is_dense(b);
 }
+
+// Why the kernel does not take a parameter.
+struct Refusal {
+  const char* who = nullptr;  // the parameter, its gradient or its buffer
+  const char* why = nullptr;
+
+  explicit operator bool() const { return why != nullptr; }
+};
 
 // What one step is going to do, gathered before any of it is done.
 class Plan {
  public:
   // The memory of the last step serves the next one.
   void clear() {
-    rows_.narrow.clear();
-    rows_.wide.clear();
+    rows_.clear();
     items_.clear();
     read_.clear();
     written_.clear();
     written_back_.clear();
     copies_.clear();
+    held_.clear();
+    held_storages_.clear();
+    shared_.clear();
     elements_ = 0;
   }
 
   int32_t add_row(const Row<double>& row) { return rows_.add(row); }
+  const Row<double>& row(int32_t index) const { return rows_.wide[index]; }
 
-  // Takes p, g and b (null: none) if the kernel can; otherwise returns the reason and takes nothing.
-  const char* take(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
-    if (usual(p) && (g == nullptr || usual(*g, p)) && (b == nullptr || usual(*b, p))) {
+  // Takes p, g and b (null: none) if the kernel can; otherwise says why not and takes nothing.
+  Refusal take(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
+    if (!rows_.fits(row, dtype_of(p))) return {"the parameter", "is too narrow for a step as large as this"};
+    if (usual(p) && (g == nullptr || usual(*g, p)) && (b == nullptr || usual(*b, p)) && shared_.empty()) {
       push(p, p, g, b, b, row);
-      return nullptr;
+      return {};
     }
-    if (const char* reason = unsupported(p)) return reason;
+    if (const char* why = unwritable(p)) return {"the parameter", why};
     if (g != nullptr) {
-      if (const char* reason = unsupported(*g)) return reason;
-      if (g->scalar_type() != p.scalar_type()) return "has another dtype than its gradient";
-      if (g->sizes() != p.sizes()) return "has another shape than its gradient";
+      if (const char* why = unsupported(*g)) return {"its gradient", why};
+      if (g->scalar_type() != p.scalar_type()) return {"its gradient", "has another dtype"};
+      if (g->sizes() != p.sizes()) return {"its gradient", "has another shape"};
     }
     if (b != nullptr) {
-      if (const char* reason = unsupported(*b)) return reason;
-      const bool narrow = p.scalar_type() != at::kDouble;
-      if (b->scalar_type() != p.scalar_type() && !(narrow && b->scalar_type() == at::kFloat))
-        return "has a momentum buffer that is neither of its dtype nor float32";
-      if (b->sizes() != p.sizes()) return "has another shape than its momentum buffer";
+      if (const char* why = unwritable(*b)) return {"its momentum buffer", why};
+      const bool wider = p.scalar_type() != at::kDouble && b->scalar_type() == at::kFloat;
+      if (b->scalar_type() != p.scalar_type() && !wider)
+        return {"its momentum buffer", "is neither of its dtype nor float32"};
+      if (b->sizes() != p.sizes()) return {"its momentum buffer", "has another shape"};
     }
-    const bool dense = p.is_contiguous() || p.is_non_overlapping_and_dense();
-    const at::Tensor& p_flat = dense ? p : flattened(p, p, true);
-    const at::Tensor* g_flat = g == nullptr || same_layout(p_flat, *g) ? g : &flattened(*g, p_flat, false);
-    const at::Tensor* b_flat = b == nullptr || same_layout(p_flat, *b) ? b : &flattened(*b, p_flat, true);
+    if (shared_.count(p.unsafeGetTensorImpl()) != 0 || (b != nullptr && shared_.count(b->unsafeGetTensorImpl()) != 0))
+      return {"the parameter", "or its buffer lies in memory that another tensor of this step lies in, too"};
+    const at::Tensor& p_flat = is_dense(p) ? p : copied(p, at::empty_like(p).strides(), true);
+    const at::Tensor* g_flat = g == nullptr || same_layout(p_flat, *g) ? g : &copied(*g, p_flat.strides(), false);
+    const at::Tensor* b_flat = b == nullptr || same_layout(p_flat, *b) ? b : &copied(*b, p_flat.strides(), true);
     push(p, p_flat, g_flat, b, b_flat, row);
-    return nullptr;
+    return {};
+  }
+
+  // Whether tensors that are written to share memory: threads would write there at once, in no order. If so, clears the
+  // plan, which from then on refuses those tensors.
+  bool has_shared_memory() {
+    const uint64_t layout = fingerprint();
+    uint64_t& known = known_layouts_[layout % known_layouts_.size()];
+    if (known == layout && copies_.empty()) return false;
+    std::unordered_set<const c10::TensorImpl*> shared = overlapping();
+    if (shared.empty()) {
+      known = layout;
+      return false;
+    }
+    clear();
+    shared_ = std::move(shared);
+    return true;
   }
 
   // Letting other threads have the interpreter pays for steps that take longer than the handing over.
   bool lends_interpreter() const { return elements_ > 1'000'000; }
 
+  // Keeps tensors and their memory, which Python code that runs before or during the step may drop.
+  void hold() {
+    const auto hold_all = [&](const std::vector<c10::TensorImpl*>& impls) {
+      for (c10::TensorImpl* impl : impls) {
+        held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
+        held_storages_.push_back(impl->storage());
+      }
+    };
+    hold_all(read_);
+    hold_all(written_);
+  }
+
   void run() {
-    if (lends_interpreter()) {
-      // Other threads may drop tensors, such as gradients, which are therefore held.
-      std::vector<c10::intrusive_ptr<c10::TensorImpl>> held;
-      held.reserve(read_.size() + written_.size());
-      for (const auto& impls : {read_, written_})
-        for (c10::TensorImpl* impl : impls) held.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
-      const py::gil_scoped_release release;
-      step_cpu(items_, rows_);
-    } else {
-      step_cpu(items_, rows_);
-    }
+    step_cpu(items_, rows_);
     for (auto& [original, flat] : written_back_) original.copy_(flat);
-    for (c10::TensorImpl* impl : written_)
-      if (!impl->is_inference()) impl->bump_version();
+  }
+
+  void bump_versions() {
+    for (c10::TensorImpl* impl : written_) impl->bump_version();
   }
 
  private:
-  // Whether t is as most tensors are, so that nothing else needs to be asked: on the CPU, strided, contiguous, float32.
+  // What nearly all tensors are, told at little cost.
   static bool usual(const at::Tensor& t) {
-    static const uint64_t plain = at::empty({0}).key_set().raw_repr();
-    return t.key_set().raw_repr() == plain && t.scalar_type() == at::kFloat && t.is_contiguous();
+    constexpr c10::DispatchKeySet plain{c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                        c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU};
+    return t.key_set() == plain && t.scalar_type() == at::kFloat && t.is_contiguous();
   }
   static bool usual(const at::Tensor& t, const at::Tensor& p) { return usual(t) && t.sizes() == p.sizes(); }
 
@@ -142,15 +187,49 @@ class Plan {
     elements_ += p.numel();
   }
 
-  // A copy in the order of elements of `like`, or row-major where that has gaps.
-  const at::Tensor& flattened(const at::Tensor& t, const at::Tensor& like, bool write_back) {
-    const bool dense = like.is_non_overlapping_and_dense();
-    at::Tensor flat = dense ? at::empty_strided(like.sizes(), like.strides(), t.options())
-                            : at::empty(like.sizes(), t.options());
-    flat.copy_(t);
-    copies_.push_back(flat);
-    if (write_back) written_back_.emplace_back(t, flat);
+  // A dense copy, with these strides.
+  const at::Tensor& copied(const at::Tensor& t, at::IntArrayRef strides, bool write_back) {
+    copies_.push_back(at::empty_strided(t.sizes(), strides, t.options()).copy_(t));
+    if (write_back) written_back_.emplace_back(t, copies_.back());
     return copies_.back();
+  }
+
+  // Says where in memory the step writes, unless by a collision of 64 bits.
+  uint64_t fingerprint() const {
+    uint64_t hash = items_.size();
+    for (const Item& item : items_) {
+      const uint64_t sizes = static_cast<uint64_t>(item.numel) * 16 + static_cast<uint64_t>(item.dtype) * 4 +
+                             static_cast<uint64_t>(item.b_dtype);
+      uint64_t mixed = reinterpret_cast<uintptr_t>(item.p) * 0x9e3779b97f4a7c15 ^
+                       reinterpret_cast<uintptr_t>(item.b) * 0xc2b2ae3d27d4eb4f ^ sizes * 0x165667b19e3779f9;
+      mixed ^= mixed >> 32;
+      hash = hash * 0xd6e8feb86659fd93 + mixed;
+    }
+    return hash;
+  }
+
+  // Those tensors that are written to whose memory, from the first to the last element, is not theirs alone.
+  std::unordered_set<const c10::TensorImpl*> overlapping() const {
+    struct Span {
+      const char *begin, *end;
+      const c10::TensorImpl* tensor;
+    };
+    std::vector<Span> spans;
+    for (const c10::TensorImpl* t : written_) {
+      if (t->numel() == 0) continue;
+      int64_t last = 0;
+      for (int64_t i = 0; i < t->dim(); ++i) last += (t->sizes()[i] - 1) * t->strides()[i];
+      const char* begin = static_cast<const char*>(t->data());
+      spans.push_back({begin, begin + (last + 1) * static_cast<int64_t>(t->itemsize()), t});
+    }
+    std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    std::unordered_set<const c10::TensorImpl*> shared;
+    const Span* furthest = nullptr;  // of those before, that which ends last
+    for (const Span& span : spans) {
+      if (furthest != nullptr && span.begin < furthest->end) shared.insert({span.tensor, furthest->tensor});
+      if (furthest == nullptr || span.end > furthest->end) furthest = &span;
+    }
+    return shared;
   }
 
   Rows rows_;
@@ -158,6 +237,10 @@ class Plan {
   std::vector<c10::TensorImpl*> read_, written_;
   std::deque<at::Tensor> copies_;  // a deque, so that references stay valid
   std::vector<std::pair<at::Tensor, at::Tensor>> written_back_;
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
+  std::vector<c10::Storage> held_storages_;
+  std::unordered_set<const c10::TensorImpl*> shared_;  // tensors that are not taken
+  std::array<uint64_t, 64> known_layouts_{};           // fingerprints of memory that is not shared
   int64_t elements_ = 0;
 };
 

@@ -1,6 +1,9 @@
 // One step for one element, as a row of ten scalars. CPU and CUDA code share this file and compute the same bits.
 #pragma once
 
+#include <cmath>
+#include <initializer_list>
+
 #if defined(__CUDACC__)
 #define TEXP_INLINE __host__ __device__ __forceinline__
 #else
@@ -25,31 +28,48 @@ struct Row {
   Row<U> to() const {
     return {U(a_b), U(a_g), U(a_p), U(c_u), U(c_g), U(c_p), U(s_p), U(e), U(r_u), U(r_d)};
   }
+
+  bool is_finite() const {
+    for (const T x : {a_b, a_g, a_p, c_u, c_g, c_p, s_p, e, r_u, r_d})
+      if (!std::isfinite(x)) return false;
+    return true;
+  }
 };
 
 // Fused by name, so that it does not depend on compiler flags.
 TEXP_INLINE float fused(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
 TEXP_INLINE double fused(double x, double y, double z) { return __builtin_fma(x, y, z); }
 
+// a·x + y, and y itself where a is 0: a term that a row does not have must not make NaN of infinite numbers.
+template <class T>
+TEXP_INLINE T plus(T a, T x, T y) {
+  return a == 0 ? y : fused(a, x, y);
+}
+
+template <class T>
+TEXP_INLINE T times(T a, T x) {
+  return a == 0 ? T(0) : a * x;
+}
+
 template <class T>
 TEXP_INLINE void update(const Row<T>& row, T& p, T g, T& b) {
   // The products that are not fused are those with a scalar that is 1 in ordinary SGD: they are exact.
-  const T u = fused(row.a_b, b, fused(row.a_p, p, row.a_g * g));
-  const T d = fused(row.c_u, u, fused(row.c_p, p, row.c_g * g));
+  const T u = plus(row.a_b, b, plus(row.a_p, p, times(row.a_g, g)));
+  const T d = plus(row.c_u, u, plus(row.c_p, p, times(row.c_g, g)));
   p = fused(-row.e, d, row.s_p * p);
-  b = fused(row.r_d, d, row.r_u * u);
+  b = plus(row.r_d, d, row.r_u * u);
 }
 
-// Heavy ball: d = u, and b only scales. Then four of the products are with 0 or 1 and need not be made.
+// Heavy ball: d = u, and b only scales.
 template <class T>
 bool is_heavy_ball(const Row<T>& row) {
   return row.c_u == 1 && row.c_g == 0 && row.c_p == 0 && row.r_d == 0;
 }
 
-// As `update`, with the same bits, for such a row (and finite numbers: 0 times infinity is not 0).
+// As `update` for such a row, with the same bits except for the sign of a zero.
 template <class T>
 TEXP_INLINE void update_heavy_ball(const Row<T>& row, T& p, T g, T& b) {
-  const T u = fused(row.a_b, b, fused(row.a_p, p, row.a_g * g));
+  const T u = plus(row.a_b, b, plus(row.a_p, p, times(row.a_g, g)));
   p = fused(-row.e, u, row.s_p * p);
   b = row.r_u * u;
 }

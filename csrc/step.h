@@ -26,11 +26,25 @@ struct Item {
 struct Rows {
   std::vector<Row<float>> narrow;
   std::vector<Row<double>> wide;
+  std::vector<char> narrow_is_finite, wide_is_finite;
 
   int32_t add(const Row<double>& row) {
     narrow.push_back(row.to<float>());
     wide.push_back(row);
+    narrow_is_finite.push_back(narrow.back().is_finite());
+    wide_is_finite.push_back(wide.back().is_finite());
     return static_cast<int32_t>(wide.size()) - 1;
+  }
+
+  bool fits(int32_t row, Dtype dtype) const {
+    return dtype == Dtype::float64 ? wide_is_finite[row] : narrow_is_finite[row];
+  }
+
+  void clear() {
+    narrow.clear();
+    wide.clear();
+    narrow_is_finite.clear();
+    wide_is_finite.clear();
   }
 };
 

@@ -288,7 +288,7 @@ class TestErrors:
         "scale": ({"scale": 2.5}, r"scale must be in \[1, 2\) .* got 2.5"),
         "carried decay": ({"carried_decay": -1.0}, "carried_decay must be .* got -1.0"),
         "scale exponent": ({"scale_exponent": math.inf}, "scale_exponent an integer, got 1.0 and inf"),
-        "norm_stats": ({"norm_stats": [torch.ones(3)]}, r"norm_stats must be a list of pairs \(tensor, power"),
+        "norm_stats": ({"norm_stats": [torch.ones(3)]}, r"norm_stats must be a list of pairs"),
         "norm_stats, none": ({"norm_stats": None}, "norm_stats must be a list .* got None"),
         "norm_stats, power": ({"norm_stats": [(torch.ones(3), math.nan)]}, "norm_stats must be a list"),
         "norm_stats, text": ({"norm_stats": [(torch.ones(3), "2")]}, "norm_stats must be a list"),
@@ -325,7 +325,7 @@ class TestErrors:
         buf = torch.ones(4, device=target.device) if fault == "shape" else torch.zeros_like(p).to_sparse()
         optimizer.state[q]["momentum_buffer"] = buf
         before = p.detach().clone(), q.detach().clone()
-        with pytest.raises(RuntimeError, match=r"group 1: a momentum buffer of .* does not fit a parameter"):
+        with pytest.raises(RuntimeError, match=r"parameter group 1: .* cannot have a momentum buffer of shape"):
             optimizer.step()
         assert same_bits(p, before[0])
         assert same_bits(q, before[1])

@@ -34,9 +34,17 @@ def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
     numbers = ("lr", "momentum", "dampening", "weight_decay")
     flags = ("nesterov", "maximize", "scale_invariant")
     return Hyperparameters(
-        **{key: group[key].item() if isinstance(group[key], Tensor) else float(group[key]) for key in numbers},
+        **{key: _number(key, group[key]) for key in numbers},
         **{key: bool(group[key]) for key in flags},
     )
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        return value.item()
+    if not hasattr(value, "__float__"):  # float() would read text
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {value!r}")
+    return float(value)
 
 
 def check_scale(group: dict[str, Any]) -> None:
@@ -49,11 +57,23 @@ def check_scale(group: dict[str, Any]) -> None:
 
 def check_norm_stats(norm_stats: Any) -> None:
     """Raises ValueError unless it is a list of pairs of a floating-point tensor and a finite number."""
-    for stat in norm_stats if isinstance(norm_stats, list) else [norm_stats]:
+    for stat in norm_stats if isinstance(norm_stats, list) else [None]:
         tensor, power = stat if isinstance(stat, tuple) and len(stat) == 2 else (None, None)
         number = isinstance(power, (int, float)) and math.isfinite(power)
         if not (isinstance(tensor, Tensor) and torch.is_floating_point(tensor) and number):
-            raise ValueError(f"norm_stats must be a list of pairs (tensor, power of the scale), got {stat!r}")
+            raise ValueError(
+                "norm_stats must be a list of pairs (floating-point tensor, finite power of the scale), got "
+                f"{norm_stats!r}"
+            )
+
+
+def check_step(index: int, group: dict[str, Any]) -> None:
+    """Raises ValueError where a step of the group `index` would start from a wrong scale or wrong norm_stats."""
+    try:
+        check_scale(group)
+        check_norm_stats(group["norm_stats"])
+    except ValueError as error:
+        raise ValueError(f"parameter group {index}: {error}") from None
 
 
 def check_sparse(index: int, hyper: Hyperparameters, row: Row) -> None:

@@ -103,7 +103,6 @@ class SGD(torch.optim.Optimizer):
             raise RuntimeError(f"backend={backend!r} was requested, but a differentiable step is torch's own")
         self._core = backends.core(backend)
         self._backend = backend
-        self._repeats = False  # whether a group holds a parameter twice, which the core's threads could not take
         super().__init__(
             params,
             {
@@ -144,12 +143,11 @@ class SGD(torch.optim.Optimizer):
             params = param_group["params"]
             if not isinstance(params, (Tensor, set)):
                 params = param_group["params"] = list(params)  # may be a generator
-                repeats = len({id(p[1] if isinstance(p, tuple) else p) for p in params}) < len(params)
-                if repeats and values["scale_invariant"]:
+                once = {id(p[1] if isinstance(p, tuple) else p) for p in params}
+                if len(once) < len(params) and values["scale_invariant"]:
                     raise ValueError(
                         "a scale_invariant group holds a parameter twice: its scale would be applied twice"
                     )
-                self._repeats = self._repeats or repeats
             param_group.update({key: values[key] for key in (*groups.SCALE_KEYS, "norm_stats")})
         super().add_param_group(param_group)
 
@@ -161,10 +159,32 @@ class SGD(torch.optim.Optimizer):
 
         Returns what the closure returned, or None.
         """
-        if torch.compiler.is_compiling():
-            return self._untraced_step(closure)
-        observed = (
-            closure is not None
+        given = {} if closure is None else {"closure": closure}
+        try:
+            if torch.compiler.is_compiling():
+                return self._untraced_step(given)
+            return self._hooked_step(given)
+        except BaseException:
+            # A GradScaler would take them away after the step; left here they would go into the next one.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    step.hooked = True  # tells torch that step() itself sees to the hooks
+
+    def _hooked_step(self, given: dict[str, Any]) -> Any:
+        # What torch wraps around a step, hooks and a record for the profiler, costs as much as a step of a small
+        # model: it is left out where nobody looks.
+        return self._observed_step(**given) if self._is_observed(given) else self._step(**given)
+
+    # There is nothing in a step for torch.compile to fuse: it is one pass already, or plain torch.
+    _untraced_step = torch._disable_dynamo(_hooked_step)
+
+    def _is_observed(self, given: dict[str, Any]) -> bool:
+        if type(self).step is not SGD.step:
+            return False  # torch has wrapped the step of a subclass, which called this one
+        return bool(
+            given
             or self._core is None
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -172,11 +192,6 @@ class SGD(torch.optim.Optimizer):
             or _global_optimizer_post_hooks
             or self._core.observed()
         )
-        # What torch wraps around a step, hooks and a record for the profiler, costs as much as a step of a small
-        # model: it is left out where nobody looks.
-        return self._observed_step(closure) if observed else self._step()
-
-    step.hooked = True  # tells torch that step() itself sees to the hooks
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -189,25 +204,19 @@ class SGD(torch.optim.Optimizer):
             return loss
         scale = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if scale is None else float(scale)
-        try:
-            if self.defaults["differentiable"]:
-                self._differentiable_step()
-            elif self._core is None or self._repeats:
-                plan.step(self.param_groups, self.state, grad_scale)
-            else:
-                rest = plan.Rest(self._backend, self.param_groups, self.state)
-                if self._core.step(self.param_groups, self.state, grad_scale, rest.check):
-                    rest.do()
-        except Exception:
-            # A GradScaler would take them away after the step, and multiply what it finds into the next one's.
-            for name in ("grad_scale", "found_inf"):
-                self.__dict__.pop(name, None)
-            raise
+        if not 0 < grad_scale < float("inf"):
+            raise ValueError(f"grad_scale must be a finite number greater than 0, got {grad_scale}")
+        if self.defaults["differentiable"]:
+            self._differentiable_step()
+        elif self._core is None:
+            plan.step(self.param_groups, self.state, grad_scale)
+        else:
+            rest = plan.Rest(self._backend, self.param_groups, self.state)
+            if self._core.step(self.param_groups, self.state, grad_scale, rest.check):
+                rest.do()
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
-    # There is nothing in a step for torch.compile to fuse: it is one pass already, or plain torch.
-    _untraced_step = torch._disable_dynamo(_observed_step)
 
     @torch.enable_grad()
     def _differentiable_step(self) -> None:
@@ -292,7 +301,7 @@ class SGD(torch.optim.Optimizer):
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend, "_repeats": self._repeats}
+        return {**super().__getstate__(), "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called when unpickled, and by torch's load_state_dict."""

@@ -33,13 +33,17 @@ def step(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad_scal
         if any(p.grad is not None for p in group["params"])
     ]
     for plan in plans:
-        _do(plan.work, plan.group, plan.new_bufs, state)
+        for row, entries in plan.work.items():
+            reference.apply(row, entries, foreach=plan.group["foreach"])
+        for param, buf in plan.new_bufs:
+            state[param]["momentum_buffer"] = buf
         groups.set_scale(plan.group, plan.scale)
 
 
 def _plan(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scale: float) -> Plan:
     if group["capturable"]:
         backends.check_capturable()
+    groups.check_step(index, group)
     hyper = groups.hyperparameters(group)
     entries = [Entry(p, p.grad, buf_of(state, p)) for p in group["params"]]
     try:
@@ -56,9 +60,9 @@ def _plan(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scal
             plan.new_bufs.append((entry.param, entry.buf))
         else:
             row = step.running
-        _check(index, hyper, row, entry)
+        _check_tensors(index, row, entry)
+        _check_sparse(index, hyper, row, entry)
         plan.work.setdefault(row, []).append(entry)
-    groups.check_norm_stats(group["norm_stats"])
     for stat, power in group["norm_stats"]:
         plan.work.setdefault(step.norm_stat(power), []).append(Entry(stat))
     for nothing in (KEEP, Row()):
@@ -71,72 +75,84 @@ class Rest:
     after the core has done its part.
 
     Args:
-        named: the backend that was asked for by name, or None; a named one leaves nothing to others.
+        named: the backend that was asked for by name, or None; a named one leaves no parameter to others.
     """
 
     def __init__(self, named: str | None, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
         self.named = named
         self.param_groups = param_groups
         self.state = state
-        self.plans: dict[int, Plan] = {}
+        self.work: list[tuple[dict[str, Any], Row, Entry]] = []
+        self.new_bufs: list[tuple[Tensor, Tensor]] = []
 
     def check(self, left: Iterable[tuple]) -> None:
-        for index, reason, row, param, grad, buf, starts in left:
-            entry = Entry(param, grad, buf)
-            if buf is not None:
-                _check_buf(index, entry)
-            if self.named is not None:
+        for index, why, row, param, grad, buf, starts in left:
+            group, row, entry = self.param_groups[index], Row(*row), Entry(param, grad, buf)
+            _check_tensors(index, row, entry)
+            if self.named is not None and why is not None:  # a tensor of norm_stats is left without a reason
                 raise RuntimeError(
-                    f"backend={self.named!r} was requested, but parameter group {index} has a parameter of shape "
-                    f"{tuple(param.shape)} that, or the gradient or buffer of which, {reason}"
+                    f"backend={self.named!r} was requested, but of a parameter of shape {tuple(param.shape)} in "
+                    f"parameter group {index}, {why}; backend=None leaves such parameters to plain torch"
                 )
-            group = self.param_groups[index]
-            plan = self.plans.setdefault(index, Plan(group, groups.scale_of(group), {}, []))
+            _check_sparse(index, groups.hyperparameters(group), row, entry)
             if starts:
                 entry = with_buf(entry)
-                plan.new_bufs.append((entry.param, entry.buf))
-            _check(index, groups.hyperparameters(group), Row(*row), entry)
-            plan.work.setdefault(Row(*row), []).append(entry)
+                self.new_bufs.append((entry.param, entry.buf))
+            self.work.append((group, row, entry))
 
     def do(self) -> None:
-        for plan in self.plans.values():
-            _do(plan.work, plan.group, plan.new_bufs, self.state)
+        for group, row, entry in self.work:
+            reference.apply(row, [entry], foreach=group["foreach"])
+        for param, buf in self.new_bufs:
+            self.state[param]["momentum_buffer"] = buf
 
 
-def _do(
-    work: dict[Row, list[Entry]],
-    group: dict[str, Any],
-    new_bufs: list[tuple[Tensor, Tensor]],
-    state: dict[Tensor, Any],
-) -> None:
-    for row, entries in work.items():
-        reference.apply(row, entries, foreach=group["foreach"])
-    for param, buf in new_bufs:
-        state[param]["momentum_buffer"] = buf
+def _check_tensors(index: int, row: Row, entry: Entry) -> None:
+    """Raises where a tensor cannot be stepped, or a buffer that somebody put there does not fit."""
+    param, grad, buf = entry
+    where = f"parameter group {index}: a parameter of shape {tuple(param.shape)}"
+    if not (param.is_floating_point() or param.is_complex()):
+        raise RuntimeError(f"{where} and dtype {param.dtype} cannot take a step, which is not an integer")
+    if buf is not None:
+        would_densify = buf.layout != torch.strided and grad is not None and grad.layout == torch.strided
+        fits = buf.shape == param.shape and buf.device == param.device and not would_densify
+        if not fits or torch.promote_types(buf.dtype, param.dtype) != buf.dtype:
+            raise RuntimeError(
+                f"{where}, {param.dtype}, on {param.device} cannot have a momentum buffer of shape "
+                f"{tuple(buf.shape)}, {buf.dtype}, {buf.layout}, on {buf.device}"
+                f"{' with a dense gradient' if would_densify else ''}"
+            )
+    for what, tensor in (("a parameter", param), ("a momentum buffer", buf)):
+        if tensor is None or tensor.layout != torch.strided:
+            continue
+        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise RuntimeError(
+                f"parameter group {index}: {what} of shape {tuple(tensor.shape)} holds several elements in one place "
+                "(it was expanded) and cannot be written to; clone() it first"
+            )
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"parameter group {index}: {what} of shape {tuple(tensor.shape)} was made in inference mode and "
+                "cannot be written to outside of it; clone() it first"
+            )
+    limit = torch.finfo(torch.promote_types(param.dtype, torch.float32)).max
+    if not all(abs(x) <= limit for x in row):
+        raise ValueError(
+            f"parameter group {index}: a step with these hyperparameters leaves the range of the arithmetic of "
+            f"{param.dtype}, {limit:.3g}: {row}"
+        )
 
 
-def _check(index: int, hyper: Hyperparameters, row: Row, entry: Entry) -> None:
+def _check_sparse(index: int, hyper: Hyperparameters, row: Row, entry: Entry) -> None:
     if any(x is not None and x.layout != torch.strided for x in entry):
         groups.check_sparse(index, hyper, row)
-    if entry.buf is not None:
-        _check_buf(index, entry)
-
-
-def _check_buf(index: int, entry: Entry) -> None:
-    """That a buffer which somebody put there fits."""
-    param, grad, buf = entry
-    would_densify = buf.layout != torch.strided and grad is not None and grad.layout == torch.strided
-    if buf.shape != param.shape or would_densify:
-        raise RuntimeError(
-            f"parameter group {index}: a momentum buffer of shape {tuple(buf.shape)} and layout {buf.layout} does "
-            f"not fit a parameter of shape {tuple(param.shape)}{' with a dense gradient' if would_densify else ''}"
-        )
 
 
 def with_buf(entry: Entry) -> Entry:
     """With a momentum buffer of zeros, dense or sparse as the gradient is."""
     dense = entry.grad.layout == torch.strided
-    return entry._replace(buf=torch.zeros_like(entry.param if dense else entry.grad))
+    with torch.inference_mode(False):  # for later steps outside of it
+        return entry._replace(buf=torch.zeros_like(entry.param if dense else entry.grad))
 
 
 def all_first(entries: Iterable[Entry]) -> bool:

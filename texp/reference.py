@@ -41,11 +41,16 @@ def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None) ->
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _is_lazy(x: Tensor) -> bool:
+    """Whether it is a view that is conjugated or negated when read, which foreach operations cannot write to."""
+    return x.is_conj() or x.is_neg()
+
+
 def _batches(entries: list[Entry]) -> Iterable[list[Entry]]:
     """Entries of one kind together: device, dtypes, dense or sparse, which of grad and buf are there."""
     batches: dict[tuple, list[Entry]] = {}
     for entry in entries:
-        kind = tuple(None if x is None else (type(x), x.device, x.dtype, x.layout) for x in entry)
+        kind = tuple(None if x is None else (type(x), x.device, x.dtype, x.layout, _is_lazy(x)) for x in entry)
         batches.setdefault(kind, []).append(entry)
     return batches.values()
 
@@ -82,7 +87,10 @@ class _Term(NamedTuple):
 
 
 def _term(tensors: list[Tensor] | None, dtype: torch.dtype) -> _Term | None:
-    return None if tensors is None else _Term(1.0, [x.to(dtype) for x in tensors])
+    if tensors is None:
+        return None
+    values = [x.to(dtype) for x in tensors]
+    return _Term(1.0, [x.resolve_conj().resolve_neg() for x in values] if _is_lazy(tensors[0]) else values)
 
 
 def _sum(x: float, a: _Term | None, y: float, b: _Term | None) -> _Term | None:
@@ -99,13 +107,14 @@ def _product(term: _Term) -> list[Tensor]:
 
 def _write(destination: list[Tensor], term: _Term | None) -> None:
     if term is None:
-        torch._foreach_zero_(destination)
+        for x in destination:
+            x.zero_()
         return
     values = _product(term)
     if values[0] is destination[0]:
         return
-    if type(destination[0]) in _PLAIN:
+    if type(destination[0]) in _PLAIN and not _is_lazy(destination[0]):
         torch._foreach_copy_(destination, values)
     else:
-        for x, value in zip(destination, values, strict=True):  # DTensor has no foreach copy
+        for x, value in zip(destination, values, strict=True):  # a DTensor has no foreach copy
             x.copy_(value)

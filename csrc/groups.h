@@ -1,0 +1,264 @@
+// Reading what stands in parameter groups and in optimizer.state.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <cstdint>
+#include <deque>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "scale.h"
+
+namespace texp {
+
+namespace py = pybind11;
+
+// Names of keys and attributes, made once.
+struct Names {
+#define TEXP_NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
+  TEXP_NAME(params);
+  TEXP_NAME(lr);
+  TEXP_NAME(momentum);
+  TEXP_NAME(dampening);
+  TEXP_NAME(weight_decay);
+  TEXP_NAME(nesterov);
+  TEXP_NAME(maximize);
+  TEXP_NAME(scale_invariant);
+  TEXP_NAME(capturable);
+  TEXP_NAME(scale);
+  TEXP_NAME(scale_exponent);
+  TEXP_NAME(carried_decay);
+  TEXP_NAME(norm_stats);
+  TEXP_NAME(momentum_buffer);
+  TEXP_NAME(grad);
+#undef TEXP_NAME
+};
+
+inline const Names& names() {
+  static const Names made;
+  return made;
+}
+
+inline PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);  // borrowed
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+inline PyObject* required(PyObject* dict, PyObject* key) {
+  PyObject* value = item(dict, key);
+  if (value == nullptr) throw py::key_error(PyUnicode_AsUTF8(key));
+  return value;
+}
+
+inline void set(PyObject* dict, PyObject* key, const py::object& value) {
+  if (PyDict_SetItem(dict, key, value.ptr()) != 0) throw py::error_already_set();
+}
+
+// Overwrites a float that nobody but its dict holds, which costs far less than to make and to set another; false where
+// it cannot be done.
+inline bool overwrite(PyObject* value, double number) {
+#ifdef Py_GIL_DISABLED
+  return false;
+#else
+  if (Py_REFCNT(value) != 1 || !PyFloat_CheckExact(value)) return false;
+  reinterpret_cast<PyFloatObject*>(value)->ob_fval = number;
+  return true;
+#endif
+}
+
+// The scale of a group as its dict holds it, borrowed.
+struct StoredScale {
+  PyObject *group, *P, *exponent, *kappa;
+
+  explicit StoredScale(PyObject* group)
+      : group(group),
+        P(required(group, names().scale)),
+        exponent(required(group, names().scale_exponent)),
+        kappa(required(group, names().carried_decay)) {}
+
+  // fresh: no Python code has run since it was read.
+  void write(const Scale& before, const Scale& after, bool fresh) const {
+    if (after.P != before.P && !(fresh && overwrite(P, after.P))) set(group, names().scale, py::float_(after.P));
+    if (after.exponent != before.exponent) set(group, names().scale_exponent, py::int_(after.exponent));
+    if (after.kappa != before.kappa && !(fresh && overwrite(kappa, after.kappa)))
+      set(group, names().carried_decay, py::float_(after.kappa));
+  }
+};
+
+struct Param {
+  PyObject* object;
+  bool exact;                     // a torch.Tensor or Parameter
+  const at::Tensor* grad;         // null: none, or of a subclass
+  PyObject* foreign_grad;         // of a subclass; null: none
+  PyObject* buf = nullptr;        // null: none
+
+  bool has_grad() const { return grad != nullptr || foreign_grad != nullptr; }
+};
+
+// Thrown where reading on could run Python code.
+struct Unusual {};
+
+// Where options are floats, ints, bools and tensors, and parameters are torch.Tensor or Parameter, reading them runs no
+// Python code: what was read cannot change or vanish meanwhile, and is borrowed. A reader that is not `careful` throws
+// Unusual where anything else stands; a careful one reads everything and holds all that it reads.
+class Reader {
+ public:
+#if PY_VERSION_HEX < 0x030E0000
+  static constexpr bool always_careful = false;
+#else
+  static constexpr bool always_careful = true;  // to look a tensor up in a dict runs Python code
+#endif
+
+  bool careful = always_careful;
+
+  void clear() {
+    held_.clear();
+    held_grads_.clear();
+  }
+
+  PyObject* hold(PyObject* object) {
+    if (careful) [[unlikely]]
+      held_.push_back(py::reinterpret_borrow<py::object>(object));
+    return object;
+  }
+
+  double number(PyObject* value) const {
+    if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+    // Whether something is a tensor is a question that takes torch long to answer.
+    if (!PyLong_CheckExact(value)) {
+      if (THPVariable_CheckExact(value)) return THPVariable_Unpack(value).item().toDouble();
+      if (!careful) throw Unusual{};
+      if (THPVariable_Check(value)) return THPVariable_Unpack(value).item().toDouble();
+    }
+    const double converted = PyFloat_AsDouble(value);
+    if (converted == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return converted;
+  }
+
+  bool flag(PyObject* value) const {
+    if (value == Py_True || value == Py_False || value == Py_None) return value == Py_True;
+    if (!careful) throw Unusual{};
+    const int truth = PyObject_IsTrue(value);
+    if (truth < 0) throw py::error_already_set();
+    return truth != 0;
+  }
+
+  Hyperparameters hyperparameters(PyObject* group, Py_ssize_t index) {
+    const Names& key = names();
+    const auto number_of = [&](PyObject* name) { return number(hold(required(group, name))); };
+    const auto flag_of = [&](PyObject* name) { return flag(hold(required(group, name))); };
+    const Hyperparameters h{
+        .lr = number_of(key.lr),
+        .momentum = number_of(key.momentum),
+        .dampening = number_of(key.dampening),
+        .weight_decay = number_of(key.weight_decay),
+        .nesterov = flag_of(key.nesterov),
+        .maximize = flag_of(key.maximize),
+        .scale_invariant = flag_of(key.scale_invariant),
+    };
+    const auto at_least_0 = [&](PyObject* name, double value) {
+      if (!(std::isfinite(value) && value >= 0)) refuse(index, name, " of at least 0", value);
+    };
+    at_least_0(key.momentum, h.momentum);
+    at_least_0(key.weight_decay, h.weight_decay);
+    if (!std::isfinite(h.lr)) refuse(index, key.lr, "", h.lr);
+    if (!std::isfinite(h.dampening)) refuse(index, key.dampening, "", h.dampening);
+    return h;
+  }
+
+  // Raises ValueError for what no step leaves behind.
+  Scale scale(const StoredScale& stored, Py_ssize_t index) {
+    if (PyFloat_CheckExact(stored.P) && PyLong_CheckExact(stored.exponent) && PyFloat_CheckExact(stored.kappa)) {
+      const Scale scale{PyFloat_AS_DOUBLE(stored.P), PyLong_AsLongLong(stored.exponent), PyFloat_AS_DOUBLE(stored.kappa)};
+      if (scale.P >= 1 && scale.P < 2 && scale.kappa >= 0 && std::isfinite(scale.kappa) && !PyErr_Occurred()) return scale;
+      PyErr_Clear();
+    }
+    if (!careful) throw Unusual{};
+    check(stored.group, index);
+    return {number(stored.P), py::cast<int64_t>(stored.exponent), number(stored.kappa)};
+  }
+
+  // Calls `each` with every tensor of norm_stats and its power. Raises ValueError for what is not a list of such pairs.
+  template <class F>
+  void norm_stats(PyObject* group, Py_ssize_t index, F&& each) {
+    PyObject* stats = hold(required(group, names().norm_stats));
+    if (PyList_CheckExact(stats) && PyList_GET_SIZE(stats) == 0) return;
+    if (careful) {
+      check(group, index);
+    } else if (!PyList_CheckExact(stats)) {
+      throw Unusual{};
+    }
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(stats); ++i) {
+      PyObject* pair = hold(PyList_GET_ITEM(stats, i));
+      if (!careful && !is_usual_stat(pair)) throw Unusual{};
+      each(PyTuple_GET_ITEM(pair, 0), number(PyTuple_GET_ITEM(pair, 1)));
+    }
+  }
+
+  Param param(PyObject* object) {
+    Param param{hold(object), THPVariable_CheckExact(object), nullptr, nullptr};
+    if (param.exact) {
+      const at::Tensor& grad = THPVariable_Unpack(object).unsafeGetTensorImpl()->grad();
+      if (grad.defined()) param.grad = careful ? &held_grads_.emplace_back(grad) : &grad;
+      return param;
+    }
+    if (!careful) throw Unusual{};
+    const py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, names().grad));
+    if (!grad) throw py::error_already_set();
+    if (!grad.is_none()) param.foreign_grad = hold(grad.ptr());
+    return param;
+  }
+
+  // The momentum buffer in optimizer.state, or null.
+  PyObject* buffer(PyObject* state, const Param& param) {
+    PyObject* values = hold(state_of(state, param));
+    if (values == nullptr) return nullptr;
+    if (!PyDict_Check(values)) throw py::type_error("optimizer.state must hold a dict for each parameter");
+    PyObject* buf = hold(item(values, names().momentum_buffer));
+    return buf == Py_None ? nullptr : buf;
+  }
+
+ private:
+  [[noreturn]] static void refuse(Py_ssize_t group, PyObject* name, const char* what, double value) {
+    char* text = PyOS_double_to_string(value, 'r', 0, Py_DTSF_ADD_DOT_0, nullptr);
+    const std::string message = "parameter group " + std::to_string(group) + ": " + PyUnicode_AsUTF8(name) +
+                                " must be a finite number" + what + ", got " + text;
+    PyMem_Free(text);
+    throw py::value_error(message);
+  }
+
+  static bool is_usual_stat(PyObject* pair) {
+    if (!PyTuple_CheckExact(pair) || PyTuple_GET_SIZE(pair) != 2) return false;
+    PyObject *stat = PyTuple_GET_ITEM(pair, 0), *power = PyTuple_GET_ITEM(pair, 1);
+    return THPVariable_CheckExact(stat) && at::isFloatingType(THPVariable_Unpack(stat).scalar_type()) &&
+           (PyLong_CheckExact(power) || (PyFloat_CheckExact(power) && std::isfinite(PyFloat_AS_DOUBLE(power))));
+  }
+
+  // Raises where the group's scale or norm_stats are wrong.
+  static void check(PyObject* group, Py_ssize_t index) {
+    py::module_::import("texp.groups").attr("check_step")(index, py::handle(group));
+  }
+
+  // A tensor hashes by identity in a Python method, which would cost more than the look-up.
+  static PyObject* state_of(PyObject* state, const Param& param) {
+#if PY_VERSION_HEX < 0x030E0000
+    if (param.exact) {
+      PyObject* values = _PyDict_GetItem_KnownHash(state, param.object, reinterpret_cast<Py_hash_t>(param.object));
+      if (values == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      return values;
+    }
+#endif
+    return item(state, param.object);
+  }
+
+  std::vector<py::object> held_;
+  std::deque<at::Tensor> held_grads_;  // a deque, so that pointers stay valid
+};
+
+}  // namespace texp
