@@ -1,0 +1,72 @@
+"""Times callables in turns, so that what disturbs the machine disturbs all of them."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+TURN_SECONDS = 0.02
+FEWEST_CALLS, MOST_CALLS = 2, 200  # of a turn
+FEWEST_REPEATS = 15
+_ESTIMATES = 5  # calls, not counted, that say how long a call takes
+
+
+@dataclass
+class Times:
+    """Of one candidate, in seconds."""
+
+    total: list[float] = field(default_factory=list)  # of each counted call, until its work is done
+    host: list[float] = field(default_factory=list)  # of the same calls, until they return
+    spent: float = 0.0  # in its turns, including the calls that are not counted
+
+
+def take_turns(
+    steps: dict[str, Callable[[], object]],
+    seconds: float,
+    *,
+    wait: Callable[[], object] = lambda: None,
+    on_turn: Callable[[str], object] = lambda name: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Times]:
+    """Times each candidate for `seconds`, or up to a turn longer, with at least FEWEST_REPEATS counted calls.
+
+    In every round each candidate that is not done takes one turn: as many calls as fit TURN_SECONDS, within
+    FEWEST_CALLS and MOST_CALLS. The first call of a turn finds the caches full of the others' data; it is never
+    counted, so that all are timed alike, warm. The order is shuffled in each round, the same way in each run.
+
+    Args:
+        steps: what to call, by the candidate's name.
+        wait: returns when the device has done the work of the calls so far.
+        on_turn: told the candidate's name before its calls, while no time is taken.
+        clock: seconds.
+    """
+
+    def call(step: Callable[[], object]) -> tuple[float, float]:
+        start = clock()
+        step()
+        returned = clock()
+        wait()
+        return clock() - start, returned - start
+
+    def calls_of_a_turn(name: str) -> int:
+        on_turn(name)
+        usual = statistics.median(call(steps[name])[0] for _ in range(_ESTIMATES))
+        return max(FEWEST_CALLS, min(int(TURN_SECONDS / usual), MOST_CALLS))
+
+    def done(name: str) -> bool:
+        return times[name].spent >= seconds and len(times[name].total) >= FEWEST_REPEATS
+
+    calls = {name: calls_of_a_turn(name) for name in steps}
+    times = {name: Times() for name in steps}
+    generator, left = random.Random(0), list(steps)
+    while left:
+        generator.shuffle(left)
+        for name in left:
+            on_turn(name)
+            totals, hosts = zip(*(call(steps[name]) for _ in range(calls[name])), strict=True)
+            times[name].total += totals[1:]
+            times[name].host += hosts[1:]
+            times[name].spent += sum(totals)
+        left = [name for name in left if not done(name)]
+    return times
