@@ -48,7 +48,7 @@ def test_the_demo(tmp_path, capsys):
 
 def test_the_benchmark(tmp_path, capsys):
     table, figure = tmp_path / "bench.csv", tmp_path / "bench.png"
-    arguments = ["bench", "--models", "161 tiny tensors,ResNet-32", "--seconds", "0", "--threads", "1"]
+    arguments = ["bench", "--models", " 161 tiny tensors, ResNet-32,", "--seconds", "0", "--threads", "1"]
     assert run([*arguments, "--csv", str(table), "--plot", str(figure)]) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
     records = list(csv.DictReader(table.read_text().splitlines()))
@@ -145,7 +145,10 @@ ERRORS = {
     "huge seed": (["demo", "--seed", str(2**70)], "--seed"),
     "no figure": (["demo", "--plot", "demo.xyz"], "must end in .png or .pdf or .svg"),
     "device": (["bench", "--device", "tpu"], "--device must be cpu or cuda, got tpu"),
-    "model": (["bench", "--models", "VGG"], "--models must be among 161 tiny .* got VGG"),
+    "model": (["bench", "--models", "ViT-B, VGG"], "--models must be among 161 tiny .* BERT-large; got VGG"),
+    "endless": (["bench", "--seconds", "inf"], "--seconds must be at least 0 and finite, got inf"),
+    "no number of seconds": (["bench", "--seconds", "nan"], "--seconds must be at least 0 and finite, got nan"),
+    "seconds below 0": (["bench", "--seconds", "-1"], "--seconds must be at least 0 and finite, got -1"),
     "plot without csv": (["bench", "--plot", "bench.png"], "give --csv as well"),
     "a folder": ([*PAPER, "--csv", "."], "cannot write .: Is a directory"),
     "too few epochs": (["demo", "--epochs", "1"], "epochs"),

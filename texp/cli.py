@@ -183,7 +183,7 @@ def bench_command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU; default: torch's own.")] = None,
     models: Annotated[str, typer.Option(help="Names separated by commas; default: all.")] = "",
-    seconds: Annotated[float, typer.Option(min=0, help="For each model and candidate, about.")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="For each model and candidate, about.")] = 2.0,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Where to write the records.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the CSV; needs --csv.")] = None,
 ) -> None:
@@ -196,10 +196,9 @@ def bench_command(
         raise typer.BadParameter("--device cuda was asked for, but torch sees no CUDA device")
     if plot is not None and csv_path is None:
         raise typer.BadParameter("--plot is drawn from the CSV: give --csv as well")
-    chosen = models.split(",") if models else list(bench.MODELS)
-    for name in chosen:
-        if name not in bench.MODELS:
-            raise typer.BadParameter(f"--models must be among {', '.join(bench.MODELS)}; got {name}")
+    if not 0 <= seconds < math.inf:
+        raise typer.BadParameter(f"--seconds must be at least 0 and finite, got {seconds}")
+    chosen = _models(models)
     if threads is not None:
         torch.set_num_threads(threads)
     records: list[dict] = []
@@ -225,6 +224,15 @@ def bench_command(
     if plot is not None:
         bench.plot(csv_path, plot)
         print(plot.resolve())
+
+
+def _models(text: str) -> list[str]:
+    """Names separated by commas, each once; all if there is none."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip())) or list(bench.MODELS)
+    for name in names:
+        if name not in bench.MODELS:
+            raise typer.BadParameter(f"--models must be among {', '.join(bench.MODELS)}; got {name}")
+    return names
 
 
 @app.command()
