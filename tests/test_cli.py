@@ -9,7 +9,6 @@ import sys
 import pytest
 
 from texp.cli import run
-from texp.shapes import MODELS
 
 
 def test_info(capsys):
@@ -44,40 +43,6 @@ def test_the_demo(tmp_path, capsys):
         assert float(b["norm2_over_lr"]) == pytest.approx(float(a["norm2_over_lr"]), rel=0.01)
     assert float(exponential[-1]["log10_lr"]) > float(sgd[-1]["log10_lr"])
     assert float(sgd[-1]["loss"]) < 0.5 * float(sgd[0]["loss"])
-
-
-def test_the_benchmark(tmp_path, capsys):
-    table, figure = tmp_path / "bench.csv", tmp_path / "bench.png"
-    arguments = ["bench", "--models", " 161 tiny tensors, ResNet-32,", "--seconds", "0", "--threads", "1"]
-    assert run([*arguments, "--csv", str(table), "--plot", str(figure)]) == 0
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    records = list(csv.DictReader(table.read_text().splitlines()))
-    for model, tensors, parameters in (("161 tiny tensors", 161, 1610), ("ResNet-32", 95, 464_154)):
-        of_model = [record for record in records if record["model"] == model]
-        names = [record["candidate"] for record in of_model]
-        assert names[:3] == ["torch for-loop", "torch foreach", "torch fused"]
-        assert {"texp reference", "texp reference exponential"} <= set(names)
-        for record in of_model:
-            assert (int(record["tensors"]), int(record["parameters"])) == (tensors, parameters)
-            assert int(record["repeats"]) >= 5
-            seconds = float(record["median_us"]) * 1e-6
-            assert float(record["gb_per_s"]) == pytest.approx(20 * parameters / seconds / 1e9, rel=0.02, abs=6e-4)
-        assert float(of_model[2]["times_torch_fused"]) == 1
-
-
-@pytest.mark.parametrize(
-    ("model", "tensors", "parameters"),
-    [
-        ("ResNet-50", 161, 25_557_032),
-        ("EfficientNet-B0", 213, 5_288_548),
-        ("ViT-B", 152, 86_567_656),
-        ("BERT-large", 391, 335_141_888),
-    ],
-)
-def test_the_shapes_are_those_of_the_models(model, tensors, parameters):
-    """As torchvision and transformers count them."""
-    shapes, _ = MODELS[model]
-    assert (len(shapes), sum(math.prod(shape) for shape in shapes)) == (tensors, parameters)
 
 
 PAPER = ["schedule", "--lr", "0.1", "--weight-decay", "5e-4", "--momentum", "0.9"]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from texp.records import FUSED, figures
 from texp.timing import Times, take_turns
 
 ESTIMATES = 5  # calls of each candidate before the first turn
@@ -93,3 +94,25 @@ def test_the_host_does_not_wait_for_the_device_and_the_total_does():
     times = clock.take_turns({"a": clock.step("a", 2**-12, device=2**-8)}, 0.1)["a"]
     assert set(times.host) == {2**-12}
     assert set(times.total) == {2**-12 + 2**-8}
+
+
+def test_figures():
+    """Four times as fast as torch's fused step is a speed-up of 4."""
+    times = {
+        FUSED: Times(total=[300e-6, 400e-6, 500e-6], host=[30e-6] * 3),
+        "texp": Times(total=[50e-6, 100e-6, 100e-6, 120e-6, 900e-6], host=[10e-6, 20e-6, 20e-6, 20e-6, 90e-6]),
+    }
+    made = figures(times, 20_000_000, copy_gb_per_s=250.0, host=True)
+    assert made["texp"] == {
+        "bytes": 20_000_000,
+        "repeats": 5,
+        "median_us": 100.0,
+        "q1_us": 100.0,
+        "q3_us": 120.0,
+        "host_us": 20.0,
+        "gb_per_s": 200.0,
+        "share_of_copy": 0.8,
+        "speedup_over_torch_fused": 4.0,
+    }
+    assert [made[FUSED][name] for name in ("q1_us", "q3_us", "speedup_over_torch_fused")] == [350.0, 450.0, 1.0]
+    assert figures(times, 20_000_000, copy_gb_per_s=250.0, host=False)["texp"]["host_us"] is None

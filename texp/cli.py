@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from texp import __version__, backends, bench, demo, theory
+from texp import __version__, backends, bench, demo, records, theory
 
 app = typer.Typer(
     name="texp",
@@ -183,11 +183,14 @@ def bench_command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU; default: torch's own.")] = None,
     models: Annotated[str, typer.Option(help="Names separated by commas; default: all.")] = "",
-    seconds: Annotated[float, typer.Option(help="For each model and candidate, about.")] = 2.0,
-    csv_path: Annotated[Path | None, typer.Option("--csv", help="Where to write the records.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long each candidate steps each model, at least.")] = 2.0,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Where to write the records, as they come.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the CSV; needs --csv.")] = None,
 ) -> None:
-    """Step time of texp.SGD, each backend, against torch.optim.SGD, in one run."""
+    """Step time of texp.SGD against torch.optim.SGD, in one run.
+
+    Of texp, each backend of the device; the reference only up to 20 million parameters.
+    """
     _check_writable(csv_path)
     _check_writable(plot, figure=True)
     if device not in ("cpu", "cuda"):
@@ -201,28 +204,21 @@ def bench_command(
     chosen = _models(models)
     if threads is not None:
         torch.set_num_threads(threads)
-    records: list[dict] = []
     console = _console()
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("copy", total=len(chosen) * len(bench.candidates(device)))
-        for record in bench.run(device, chosen, seconds):
-            records.append(record)
-            progress.update(task, advance=1, description=f"{record['model']}, {record['candidate']}")
-    table = Table(title=f"{records[0]['device']}, {records[0]['threads']} threads, torch {torch.__version__}")
-    for column in ("model", "candidate"):
-        table.add_column(column)
-    for column in ("median µs", "GB/s", "share of copy", "times torch fused"):
-        table.add_column(column, justify="right")
-    for record in records:
-        last = record is records[-1] or record["model"] != records[records.index(record) + 1]["model"]
-        values = (record["median_us"], record["gb_per_s"], record["share_of_copy"], record["times_torch_fused"])
-        table.add_row(record["model"], record["candidate"], *(f"{x:.4g}" for x in values), end_section=last)
-    console.print(table)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawn between the turns: a thread that draws would disturb what is being timed.
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+        task = progress.add_task("", total=len(chosen))
+        made = bench.run(device, chosen, seconds, lambda text: progress.update(task, description=text, refresh=True))
+        measured = []
+        for record in made if csv_path is None else records.saved(made, csv_path):
+            measured.append(record)
+            progress.update(task, completed=chosen.index(record["model"]) + 1)
+    console.print(records.table(measured))
     if csv_path is not None:
-        bench.write_csv(records, csv_path)
         print(csv_path.resolve())
     if plot is not None:
-        bench.plot(csv_path, plot)
+        records.plot(csv_path, plot)
         print(plot.resolve())
 
 

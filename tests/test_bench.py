@@ -1,0 +1,110 @@
+"""texp bench as its users run it: what it measures, and what it leaves behind."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from texp import backends, bench, records
+from texp.cli import run
+from texp.records import FIELDS
+from texp.shapes import MODELS
+
+TORCH = ["torch for-loop", "torch foreach", "torch fused"]
+
+
+def read(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_the_benchmark(tmp_path, capsys):
+    table, figure = tmp_path / "bench.csv", tmp_path / "bench.png"
+    arguments = ["bench", "--models", " 161 tiny tensors, ResNet-32,", "--seconds", "0", "--threads", "1"]
+    assert run([*arguments, "--csv", str(table), "--plot", str(figure)]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    made = read(table)
+    assert list(made[0]) == list(FIELDS)
+    sizes = {"161 tiny tensors": ("161", "1610", "32200"), "ResNet-32": ("95", "464154", "9283080")}
+    assert {record["model"] for record in made} == set(sizes)
+    for model, size in sizes.items():
+        of_model = [record for record in made if record["model"] == model]
+        names = [record["candidate"] for record in of_model]
+        assert names[:3] == TORCH
+        assert {"texp reference", "texp reference exponential"} <= set(names)
+        core = backends.available()["cpu"] == backends.OK
+        assert ("texp cpu" in names) == ("texp cpu exponential" in names) == core
+        for record in of_model:
+            assert (record["tensors"], record["parameters"], record["bytes"]) == size
+            assert (record["device"], record["threads"]) == ("cpu", "1")
+            assert (record["instruction_set"] != "") == core
+            assert int(record["repeats"]) >= 15
+            assert 0 < float(record["q1_us"]) <= float(record["median_us"]) <= float(record["q3_us"])
+            if model == "ResNet-32":
+                assert record["host_us"] == ""
+            else:
+                assert 0 < float(record["host_us"]) <= float(record["median_us"])
+        assert float(of_model[2]["speedup_over_torch_fused"]) == 1
+
+
+def test_it_says_what_is_being_measured():
+    """Before the records of a model come."""
+    told = []
+    first = next(bench.run("cpu", ["161 tiny tensors"], 0, told.append))
+    assert told[0] == "copy of 400 MB"
+    assert {f"161 tiny tensors, {name}" for name in bench.candidates("cpu", 1610)} <= set(told)
+    assert first["candidate"] == TORCH[0]
+
+
+def test_an_interruption_keeps_the_records_of_the_models_before(tmp_path, monkeypatch):
+    record = dict.fromkeys(FIELDS, 1) | {"model": "ResNet-32"}
+
+    def interrupted(*_):
+        yield record
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", interrupted)
+    table = tmp_path / "bench.csv"
+    assert run(["bench", "--models", "ResNet-32,ViT-B", "--csv", str(table)]) == 130
+    assert [row["model"] for row in read(table)] == ["ResNet-32"]
+
+
+def test_a_record_is_in_the_csv_when_it_comes(tmp_path):
+    table = tmp_path / "bench.csv"
+    given = [dict.fromkeys(FIELDS, i) for i in range(3)]
+    for i, record in enumerate(records.saved(iter(given), table)):
+        assert record is given[i]
+        assert len(read(table)) == i + 1
+
+
+def test_candidates_are_backends_of_the_device(monkeypatch):
+    monkeypatch.setattr(backends, "available", lambda: dict.fromkeys(backends.NAMES, backends.OK))
+
+    def of_texp(device: str, parameters: int) -> set[str]:
+        names = list(bench.candidates(device, parameters))
+        assert names[:3] == TORCH
+        ordinary = {name for name in names[3:] if not name.endswith(" exponential")}
+        assert set(names[3:]) == ordinary | {f"{name} exponential" for name in ordinary}
+        return ordinary
+
+    assert of_texp("cpu", 20_000_000) == {"texp cpu", "texp reference"}
+    assert of_texp("cuda", 20_000_000) == {"texp cuda", "texp triton", "texp reference"}
+    assert of_texp("cpu", 20_000_001) == {"texp cpu"}
+    assert of_texp("cuda", 20_000_001) == {"texp cuda", "texp triton"}
+    monkeypatch.setattr(backends, "available", lambda: dict.fromkeys(backends.NAMES, "a reason"))
+    assert of_texp("cpu", 1) == set()
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "parameters"),
+    [
+        ("ResNet-50", 161, 25_557_032),
+        ("EfficientNet-B0", 213, 5_288_548),
+        ("ViT-B", 152, 86_567_656),
+        ("BERT-large", 391, 335_141_888),
+    ],
+)
+def test_the_shapes_are_those_of_the_models(model, tensors, parameters):
+    """As torchvision and transformers count them."""
+    shapes, _ = MODELS[model]
+    assert (len(shapes), sum(math.prod(shape) for shape in shapes)) == (tensors, parameters)
