@@ -1,6 +1,7 @@
 """What is installed, and that the README says what is."""
 
 import ast
+import csv
 import importlib.metadata
 import importlib.util
 import os
@@ -16,6 +17,7 @@ import pytest
 
 import texp
 from texp.cli import run
+from texp.shapes import MODELS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -101,6 +103,19 @@ def test_theory_imports_nothing_but_the_standard_library():
     assert modules == {"math", "collections.abc", "typing"}
 
 
+# Of the table of speed: what its columns show of the records, and rows that do not begin with the name of the model.
+SPEED_COLUMNS = (
+    ("torch fused", "median_us"),
+    ("texp cpu", "median_us"),
+    ("texp cpu", "speedup_over_torch_fused"),
+    ("texp cpu exponential", "speedup_over_torch_fused"),
+)
+OTHER_LABELS = {
+    "465 parameter groups of one tiny tensor": "465 tiny groups",
+    "one tensor of 50 M": "one of 50 M",
+}
+
+
 class TestReadme:
     def test_its_python_runs(self):
         assert blocks("python")
@@ -122,6 +137,22 @@ class TestReadme:
                 assert plain.split(" VENV=")[0] in ci
             else:
                 assert plain in makefile.replace("$(BIN)/", "")
+
+    def test_its_table_of_speed_is_that_of_the_records(self):
+        """Every figure is one of the CSV, rounded to the digits that it has."""
+        with (ROOT / "benchmarks" / "results" / "cpu" / "step_time.csv").open() as file:
+            records = {(record["model"], record["candidate"]): record for record in csv.DictReader(file)}
+        table = README.split("\n## Speed\n")[1].split("\n## ")[0]
+        models = set()
+        for label, *cells in re.findall(r"^\| (\w.*?) \| (\d.*?) \| (\d.*?) \| (\d.*?) \| (\d.*?) \|$", table, re.M):
+            model = next(name for name in MODELS if OTHER_LABELS.get(label, label).startswith(name))
+            models.add(model)
+            for cell, (candidate, field) in zip(cells, SPEED_COLUMNS, strict=True):
+                number, _, unit = cell.replace(",", "").partition(" ")
+                recorded = float(records[model, candidate][field]) / {"ms": 1000, "µs": 1, "": 1}[unit]
+                half_a_digit = 0.5 * 10.0 ** -len(number.partition(".")[2])
+                assert abs(float(number) - recorded) <= half_a_digit * (1 + 1e-9), (label, cell, recorded)
+        assert models == set(MODELS)
 
     def test_its_files_exist(self):
         """What it links to and what its map of the repository names."""
