@@ -68,9 +68,17 @@ TEXP_INLINE void store(fp16& to, float x) {
   to.bits = static_cast<uint16_t>((magnitude >= (143u << 23) ? special : finite) | bits >> 16 & 0x8000u);
 }
 
+#if defined(__clang__)
+#define TEXP_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define TEXP_VECTORIZE _Pragma("GCC ivdep")
+#endif
+
 template <class T, class P, class B, bool has_grad, bool has_buf, bool heavy_ball>
-TEXP_INLINE void span(const Row<T>& row, P* __restrict p, const P* __restrict g, B* __restrict b, int64_t n) {
+TEXP_INLINE void span(const Row<T>& row, P* p, const P* g, B* b, int64_t n) {
   const Row<T> r = row;
+  // p and g may be one tensor, but no element depends on another.
+  TEXP_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     T weight = load(p[i]);
     T buffer = has_buf ? load(b[i]) : T(0);
@@ -122,7 +130,13 @@ __attribute__((target("avx2,fma"))) void span_avx2(const Item& item, const Rows&
   span(item, rows, offset, n);
 }
 
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))) void span_avx512(
+#if defined(__clang__)  // whose vectors are as wide as this without being asked
+#define TEXP_WIDE ""
+#else
+#define TEXP_WIDE ",prefer-vector-width=512"
+#endif
+
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma" TEXP_WIDE))) void span_avx512(
     const Item& item, const Rows& rows, int64_t offset, int64_t n) {
   span(item, rows, offset, n);
 }

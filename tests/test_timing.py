@@ -42,7 +42,7 @@ class Clock:
         pytest.param(2**-5, 0.0, 2, 15, id="without a budget: 15 counted calls"),
         pytest.param(8.0, 1.0, 2, 15, id="longer than the budget: 15 counted calls"),
         pytest.param(2**-10, 0.0, 20, 1, id="without a budget: one turn is enough"),
-        pytest.param(2**-14, 0.125, 200, 11, id="short: at most 200 calls"),
+        pytest.param(2**-17, 0.125, 2000, 9, id="short: at most 2,000 calls"),
     ],
 )
 def test_calls_of_a_candidate(call, seconds, calls, turns):

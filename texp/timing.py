@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 TURN_SECONDS = 0.02
-FEWEST_CALLS, MOST_CALLS = 2, 200  # of a turn
+FEWEST_CALLS, MOST_CALLS = 2, 2000  # of a turn
 FEWEST_REPEATS = 15
 _ESTIMATES = 5  # calls, not counted, that say how long a call takes
 
