@@ -1,0 +1,256 @@
+// A step over parameter groups, as texp/plan.py would take it: a walk that changes nothing, then whatever can fail, then
+// the kernel.
+#pragma once
+
+#include <ATen/NativeFunctions.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "groups.h"
+#include "plan.h"
+#include "scale.h"
+
+namespace texp {
+
+inline py::tuple as_tuple(const Row<double>& r) {
+  return py::make_tuple(r.a_b, r.a_g, r.a_p, r.c_u, r.c_g, r.c_p, r.s_p, r.e, r.r_u, r.r_d);
+}
+
+inline bool keeps(const Row<double>& r) {
+  return r.a_b == 1 && r.a_g == 0 && r.a_p == 0 && r.c_u == 0 && r.c_g == 0 && r.c_p == 0 && r.s_p == 1 && r.e == 0 &&
+         r.r_u == 1 && r.r_d == 0;
+}
+
+// One step of a group, and its rows in the plan (-1: not yet in it).
+struct Advanced {
+  Scale scale;
+  Hyperparameters h;
+  bool first;
+  Step step;
+  int32_t running = -1, starting = -1, idle = -1;
+
+  Advanced(const Scale& scale, const Hyperparameters& h, bool first, double grad_scale)
+      : scale(scale), h(h), first(first), step(advance(scale, h, first, grad_scale)) {}
+
+  bool is_of(const Scale& scale, const Hyperparameters& h, bool first) const {
+    return this->first == first && this->scale == scale && this->h == h;
+  }
+};
+
+// The walk over the groups, and what it found.
+class Walk {
+ public:
+  bool busy = false;
+
+  // Forgets everything, but keeps the memory for the next step.
+  void clear() {
+    plan_.clear();
+    forget();
+    reader_.careful = Reader::always_careful;
+  }
+
+  // Walks over the groups and changes nothing.
+  void walk(const py::list& groups, const py::dict& state, double grad_scale) {
+    watched_ = c10::impl::TorchDispatchModeTLS::any_modes_set();
+    try {
+      walk_once(groups, state, grad_scale);
+    } catch (const Unusual&) {
+      plan_.clear();
+      walk_carefully(groups, state, grad_scale);
+    }
+    if (plan_.has_shared_memory()) walk_carefully(groups, state, grad_scale);
+    // From here on Python code may run: what is left to the reference is looked at, state is made for new buffers, or
+    // another thread has the interpreter.
+    if (!left_.empty() || !new_bufs_.empty() || plan_.lends_interpreter()) hold();
+  }
+
+  // (group index, why, row, param, grad, buffer or None, whether it is yet to be made) of each tensor that the kernel
+  // does not take; for a tensor of norm_stats, `why` is None.
+  py::list left() const {
+    py::list list;
+    for (const Left& l : left_) {
+      const auto or_none = [](PyObject* object) {
+        return py::reinterpret_borrow<py::object>(object == nullptr ? Py_None : object);
+      };
+      const Param& p = l.param;
+      const py::object grad = p.grad == nullptr ? or_none(p.foreign_grad)
+                                                : py::reinterpret_steal<py::object>(THPVariable_Wrap(*p.grad));
+      py::object why = py::none();
+      if (l.refusal) why = py::str(std::string(l.refusal.who) + " " + l.refusal.why);
+      list.append(py::make_tuple(l.group, why, as_tuple(plan_.row(l.row)), or_none(p.object), grad, or_none(p.buf),
+                                 l.starts));
+    }
+    return list;
+  }
+
+  // Finds, or makes, where the new buffers are going to be.
+  void find_states(const py::dict& state) {
+    for (NewBuf& made : new_bufs_) {
+      made.values = state[py::handle(made.param)];
+      if (!PyDict_Check(made.values.ptr())) throw py::type_error("optimizer.state must hold a dict for each parameter");
+    }
+  }
+
+  void run() {
+    if (plan_.lends_interpreter()) {
+      const py::gil_scoped_release release;
+      plan_.run();
+    } else {
+      plan_.run();
+    }
+    plan_.bump_versions();
+    for (const auto& [stored, i] : rescaled_) stored.write(steps_[i].scale, steps_[i].step.scale, !held_);
+    for (const NewBuf& made : new_bufs_)
+      set(made.values.ptr(), names().momentum_buffer, py::reinterpret_steal<py::object>(THPVariable_Wrap(made.buf)));
+  }
+
+ private:
+  struct Left {
+    Py_ssize_t group;
+    Refusal refusal;
+    int32_t row;
+    Param param;
+    bool starts;
+  };
+
+  struct Rescaled {
+    StoredScale stored;
+    size_t step;  // which of steps_
+  };
+
+  struct NewBuf {
+    PyObject* param;
+    at::Tensor buf;
+    py::object values;  // optimizer.state[param]
+  };
+
+  void forget() {
+    reader_.clear();
+    params_.clear();
+    steps_.clear();
+    rescaled_.clear();
+    new_bufs_.clear();
+    left_.clear();
+    objects_.clear();
+    grads_of_left_.clear();
+    held_ = false;
+  }
+
+  void walk_carefully(const py::list& groups, const py::dict& state, double grad_scale) {
+    forget();
+    reader_.careful = held_ = true;
+    walk_once(groups, state, grad_scale);
+  }
+
+  void walk_once(const py::list& groups, const py::dict& state, double grad_scale) {
+    for (Py_ssize_t index = 0; index < PyList_GET_SIZE(groups.ptr()); ++index)
+      walk_group(index, PyList_GET_ITEM(groups.ptr(), index), state.ptr(), grad_scale);
+  }
+
+  void walk_group(Py_ssize_t index, PyObject* group, PyObject* state, double grad_scale) {
+    const Names& key = names();
+    reader_.hold(group);
+    PyObject* list = reader_.hold(required(group, key.params));
+    if (!PyList_Check(list) && !PyTuple_Check(list)) throw py::type_error("group['params'] must be a list");
+    params_.clear();
+    bool steps = false;
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
+      params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
+      steps = steps || params_.back().has_grad();
+    }
+    if (!steps) return;
+
+    if (reader_.flag(required(group, key.capturable))) py::module_::import("texp.backends").attr("check_capturable")();
+    const Hyperparameters h = reader_.hyperparameters(group, index);
+    const StoredScale stored(group);
+    const Scale scale = reader_.scale(stored, index);
+    const bool ordinary = !h.scale_invariant && scale.P == 1 && scale.kappa == 0;
+    bool first = true;
+    if (h.momentum != 0 || !ordinary) {
+      for (Param& param : params_) {
+        param.buf = reader_.buffer(state, param);
+        first = first && param.buf == nullptr;
+      }
+    }
+    if (steps_.empty() || !steps_.back().is_of(scale, h, first)) steps_.emplace_back(scale, h, first, grad_scale);
+    Advanced& advanced = steps_.back();
+    if (!ordinary) rescaled_.push_back({stored, steps_.size() - 1});
+
+    const bool idle_keeps = keeps(advanced.step.idle);
+    for (const Param& param : params_) {
+      if (!param.has_grad() && idle_keeps) continue;
+      const bool starts = param.has_grad() && param.buf == nullptr && h.momentum != 0;
+      const int32_t row = !param.has_grad() ? row_of(advanced.idle, advanced.step.idle)
+                          : starts          ? row_of(advanced.starting, advanced.step.first)
+                                            : row_of(advanced.running, advanced.step.running);
+      if (const Refusal refusal = take(param, starts, row)) left_.push_back({index, refusal, row, param, starts});
+    }
+    reader_.norm_stats(group, index, [&](PyObject* stat, double power) {
+      if (advanced.step.growth == 1) return;
+      Row<double> row{};
+      row.s_p = std::pow(advanced.step.growth, power);
+      const int32_t added = plan_.add_row(row);
+      const Param param{stat, static_cast<bool>(THPVariable_CheckExact(stat)), nullptr, nullptr};
+      if (take(param, false, added)) left_.push_back({index, {}, added, param, false});
+    });
+  }
+
+  int32_t row_of(int32_t& index, const Row<double>& row) {
+    if (index < 0) index = plan_.add_row(row);
+    return index;
+  }
+
+  Refusal take(const Param& param, bool starts, int32_t row) {
+    if (watched_)
+      return {"the parameter", "is stepped under a TorchDispatchMode, which is to see what happens to it"};
+    if (!param.exact) return {"the parameter", "is a subclass of torch.Tensor"};
+    const at::Tensor& p = THPVariable_Unpack(param.object);
+    if (param.buf != nullptr) {
+      if (!THPVariable_CheckExact(param.buf)) return {"its momentum buffer", "is not a torch.Tensor"};
+      return plan_.take(p, param.grad, &THPVariable_Unpack(param.buf), row);
+    }
+    if (!starts) return plan_.take(p, param.grad, nullptr, row);
+    if (const char* why = unwritable(p)) return {"the parameter", why};
+    if (const char* why = unsupported(*param.grad)) return {"its gradient", why};
+    const c10::InferenceMode normal(false);
+    const at::Tensor buf = at::zeros_like(p);
+    const Refusal refusal = plan_.take(p, param.grad, &buf, row);
+    if (!refusal) new_bufs_.push_back({param.object, buf, {}});
+    return refusal;
+  }
+
+  void hold() {
+    held_ = true;
+    plan_.hold();
+    const auto keep = [&](PyObject* object) { objects_.push_back(py::reinterpret_borrow<py::object>(object)); };
+    for (const Rescaled& r : rescaled_) keep(r.stored.group);
+    for (const NewBuf& made : new_bufs_) keep(made.param);
+    for (Left& l : left_) {
+      keep(l.param.object);
+      if (l.param.grad != nullptr) l.param.grad = &grads_of_left_.emplace_back(*l.param.grad);
+      if (l.param.buf != nullptr) keep(l.param.buf);
+    }
+  }
+
+  Reader reader_;
+  Plan plan_;
+  std::vector<Param> params_;        // of one group
+  std::vector<Advanced> steps_;      // groups in a row that stand at the same point share one
+  std::vector<Rescaled> rescaled_;   // groups whose scale changes
+  std::vector<NewBuf> new_bufs_;     // of parameters that take their first step
+  std::vector<Left> left_;           // what the kernel does not take
+  std::vector<py::object> objects_;  // kept alive
+  std::deque<at::Tensor> grads_of_left_;
+  bool watched_ = false;  // by a TorchDispatchMode
+  bool held_ = false;     // whether everything is kept alive, so that Python code may run
+};
+
+}  // namespace texp
