@@ -56,14 +56,14 @@ class SGD(torch.optim.Optimizer):
     GradScaler it unscales the gradients while reading them; where the scaler found an inf or a NaN, nothing at
     all is changed and :attr:`step_was_skipped` is True.
 
-    Raises, before anything is changed: ValueError for hyperparameters that are negative (the LR of a step may be), not
-    finite or beyond the range of the arithmetic, and for combinations that torch refuses; RuntimeError for a backend
-    that is not available, for tensors that cannot be written to (expanded, of integers, made in inference mode), for
-    momentum buffers that do not fit, and for sparse gradients with weight decay unless the group is scale-invariant
-    and without momentum.
+    Raises, before anything is changed: ValueError for hyperparameters that are negative (the LR of a step may
+    be), not finite or beyond the range of the arithmetic, and for combinations that torch refuses; RuntimeError
+    for a backend that is not available, for tensors that cannot be written to (expanded, of integers, made in
+    inference mode), for momentum buffers that do not fit, and for sparse gradients with weight decay unless the
+    group is scale-invariant and without momentum.
 
-    Parameters that share memory (views of one tensor, or one that is given twice) are stepped one after the other, by
-    the reference backend.
+    Parameters that share memory (views of one tensor, or one that is given twice) are stepped one after the
+    other, by the reference backend.
     """
 
     # Whether the last step() changed nothing because a GradScaler had found an inf or a NaN. (For a differentiable
