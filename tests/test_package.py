@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from texp.shapes import MODELS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py")
+
+INSTALL = "pip install --no-build-isolation ."  # what README says, and what test_a_fresh_install runs
 
 
 def blocks(language: str) -> list[str]:
@@ -41,59 +45,135 @@ def test_the_kernels_are_part_of_texp_alone():
 
 
 def copy_of_the_sources(to: Path) -> Path:
-    for folder in ("csrc", "texp", "kernels"):
-        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    to.mkdir()
+    for folder in ("csrc", "texp", "kernels", "tests", "benchmarks", ".ci"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "_build.py"))
+    for file in FILES:
         shutil.copy(ROOT / file, to)
     return to
 
 
+def environment(**changes: str) -> dict[str, str]:
+    """This one without what may lead a new process to this checkout or to another build."""
+    return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TEXP_NATIVE")} | changes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("native", ["0", "1"])
-def test_installed_elsewhere(tmp_path, native):
-    """Not editable, run from another folder: with and without the C++ core, and `kernels` stays free."""
-    if native == "1" and shutil.which(os.environ.get("CXX", "c++")) is None:
+def test_a_fresh_install(tmp_path, native):
+    """In a new environment, not editable, run from another folder; nothing is downloaded."""
+    if native == "1" and shutil.which(os.environ.get("CXX") or "c++") is None:
         pytest.skip("no C++ compiler")
-    sources, site = copy_of_the_sources(tmp_path / "sources"), tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", site, sources]
-    subprocess.run(command, env={**os.environ, "TEXP_NATIVE": native}, check=True, capture_output=True)
-    assert not (site / "kernels").exists()
+    sources, env = copy_of_the_sources(tmp_path / "sources"), tmp_path / "env"
+    (sources / "texp" / "_build.py").write_text("NO_CORE = 'of an earlier build'")
+    venv.create(env, symlinks=True)
+    python = env / "bin" / "python"
+    site = next(env.glob("lib/python*/site-packages"))
+    # The libraries of this environment, but not its .pth files: texp may be installed here as editable.
+    (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+
+    def run_in(folder: Path, *command: str | Path, **changes: str) -> str:
+        done = subprocess.run(command, cwd=folder, env=environment(**changes), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    changes = {"TEXP_NATIVE": native, "CXX": os.environ.get("CXX", "")}  # an empty one counts as none
+    run_in(sources, python, "-m", *shlex.split(INSTALL), "--no-deps", "--no-index", **changes)
+    assert (site / "texp" / "_build.py").exists() == (native == "0")
+
     code = (
         "import torch, texp, texp.kernels; p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3); "
         "texp.SGD([p], lr=0.5).step(); print(texp.__file__, p.sum().item(), texp.backends.available()['cpu'])"
     )
-    # -S: without the .pth files of this environment, in which texp may be installed as editable.
-    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{sysconfig.get_path('purelib')}"}
-    environment.pop("TEXP_NATIVE", None)
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd="/", env=environment, capture_output=True, text=True
-    )
-    file, total, reason = done.stdout.split(maxsplit=2)
+    file, total, reason = run_in(tmp_path, python, "-c", code).split(maxsplit=2)
     assert file == str(site / "texp" / "__init__.py")
     assert total == "1.5"
-    assert ("ok" if native == "1" else "is not part of this installation") in reason
+    expected = "ok" if native == "1" else "the C++ core was not built: TEXP_NATIVE=0 left it out; reinstall with"
+    assert reason.startswith(expected)
+    assert re.search(rf"backend cpu\s+│ {re.escape(expected)}", run_in(tmp_path, env / "bin" / "texp", "info"))
+
+    # -S leaves out others.pth: what is importable is what was installed.
+    alone, command = environment(PYTHONPATH=str(site)), [python, "-S", "-c", "import kernels"]
+    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
+    assert "No module named 'kernels'" in done.stderr
 
 
+NO_TORCH = ({"PYTHONPATH": "no_torch"}, "the build could not import torch (no torch here), which pip hides from it")
+NO_COMPILER = ({"CXX": "no-such-compiler"}, "there is no C++ compiler 'no-such-compiler'")
+COMPILING = ({"CXX": shutil.which("false")}, "compiling it failed: ")
+
+
+@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
 @pytest.mark.parametrize(
-    ("environment", "code", "message"),
+    ("native", "changes", "reason"),
     [
-        ({"TEXP_NATIVE": "yes"}, 1, "TEXP_NATIVE must be auto, 1 or 0, got 'yes'"),
-        ({"TEXP_NATIVE": "1", "CXX": "no-such-compiler"}, 1, "asks for the C++ core, but there is no C++ compiler"),
-        ({"TEXP_NATIVE": "auto", "CXX": "no-such-compiler"}, 0, "installing without the C++ core: there is no C++"),
+        ("0", {}, "TEXP_NATIVE=0 left it out"),
+        ("auto", *NO_TORCH),
+        ("auto", *NO_COMPILER),
+        ("auto", *COMPILING),
+        ("1", *COMPILING),
     ],
-    ids=["unknown", "required", "auto"],
+    ids=["off", "no torch", "no compiler", "compiling fails", "compiling fails, required"],
 )
-def test_a_build_that_cannot_have_the_core(tmp_path, environment, code, message):
-    sources = copy_of_the_sources(tmp_path / "sources")
+def test_a_build_without_the_core(tmp_path, editable, native, changes, reason):
+    """It removes the core of an earlier build and records why there is none."""
+    sources, lib = copy_of_the_sources(tmp_path / "sources"), tmp_path / "lib"
+    package = (sources if editable else lib) / "texp"
+    package.mkdir(parents=True, exist_ok=True)
+    stale = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.write_text("of an earlier build")
+    (sources / "no_torch").mkdir()
+    (sources / "no_torch" / "torch.py").write_text("raise ModuleNotFoundError('no torch here')")
+    command = ["editable_wheel", "--dist-dir", str(tmp_path)] if editable else ["build", "--build-lib", str(lib)]
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")],
+        [sys.executable, "setup.py", "-q", *command],
         cwd=sources,
-        env={**os.environ, **environment},
+        env=environment(TEXP_NATIVE=native, **changes),
         capture_output=True,
         text=True,
     )
-    assert done.returncode == code
+    assert not stale.exists()
+    recorded: dict = {}
+    exec((package / "_build.py").read_text(), recorded)
+    assert recorded["NO_CORE"].startswith(reason)
+    assert done.returncode == (native == "1")
+    announced = "TEXP_NATIVE=1 asks for the C++ core, but" if native == "1" else "installing without the C++ core:"
+    assert (f"{announced} {reason}" in done.stderr) == (native != "0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"TEXP_NATIVE": "yes"}, "TEXP_NATIVE must be auto, 1 or 0, got 'yes'"),
+        ({"TEXP_NATIVE": "1", **NO_COMPILER[0]}, f"TEXP_NATIVE=1 asks for the C++ core, but {NO_COMPILER[1]}"),
+    ],
+    ids=["unknown", "no compiler, required"],
+)
+def test_a_build_that_is_refused(tmp_path, changes, message):
+    sources = copy_of_the_sources(tmp_path / "sources")
+    command = [sys.executable, "setup.py", "-q", "build"]
+    done = subprocess.run(command, cwd=sources, env=environment(**changes), capture_output=True, text=True)
+    assert done.returncode == 1
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ({}, "the C++ core was not built: texp is run from sources that were not installed; reinstall with "),
+        ({"_build.py": "NO_CORE = 'so it was'"}, "the C++ core was not built: so it was; reinstall with "),
+        ({f"_C{sysconfig.get_config_var('EXT_SUFFIX')}": "no library"}, "the C++ core was built but does not load: "),
+    ],
+    ids=["sources", "not built", "does not load"],
+)
+def test_why_there_is_no_core(tmp_path, found, reason):
+    sources = copy_of_the_sources(tmp_path / "sources")
+    for name, text in found.items():
+        (sources / "texp" / name).write_text(text)
+    command = [sys.executable, "-c", "import texp; texp.backends.core('cpu')"]
+    done = subprocess.run(command, cwd=sources, env=environment(), capture_output=True, text=True)
+    assert f"RuntimeError: backend='cpu' was requested, but {reason}" in done.stderr
+    assert done.stderr.endswith("; available here: 'reference'\n")
 
 
 def test_theory_imports_nothing_but_the_standard_library():

@@ -3,23 +3,43 @@
 Backends for the tensors of one device share a step: each tensor goes to the best that can take it.
 """
 
+import importlib
+import importlib.machinery
 import os
+from types import ModuleType
+
+import torch  # noqa: F401  (its libraries before those of the core)
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # in the order in which they are preferred
 
 OK = "ok"
 
-# The C++ core, where it was built. TEXP_NATIVE=0 in the environment turns it off, too.
-_C = None
-if os.environ.get("TEXP_NATIVE") == "0":
-    _NO_CORE = "TEXP_NATIVE=0 turns the C++ core off"
-else:
-    try:
-        import torch  # noqa: F401  (its libraries first)
+REINSTALL = "reinstall with TEXP_NATIVE=1 pip install --no-build-isolation ."
 
-        from texp import _C
+
+def _import(name: str) -> ModuleType | None:
+    """texp.`name`, if it is in this folder: finders of editable installs would go on to look in another checkout."""
+    full_name = f"texp.{name}"
+    found = importlib.machinery.PathFinder.find_spec(full_name, [os.path.dirname(__file__)])
+    return importlib.import_module(full_name) if found else None
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The C++ core, or None and the reason. TEXP_NATIVE=0 in the environment turns it off, too."""
+    if os.environ.get("TEXP_NATIVE") == "0":
+        return None, "TEXP_NATIVE=0 turns the C++ core off"
+    try:
+        core = _import("_C")
     except ImportError as error:
-        _NO_CORE = f"the C++ core is not part of this installation ({error})"
+        return None, f"the C++ core was built but does not load: {error}; {REINSTALL}"
+    if core is not None:
+        return core, OK
+    build = _import("_build")  # written by setup.py
+    reason = "texp is run from sources that were not installed" if build is None else build.NO_CORE
+    return None, f"the C++ core was not built: {reason}; {REINSTALL}"
+
+
+_C, _CORE = _load()
 
 
 def available() -> dict[str, str]:
@@ -27,7 +47,7 @@ def available() -> dict[str, str]:
     return {
         "cuda": "this version of texp has no CUDA kernel",
         "triton": "this version of texp has no Triton kernel (texp.kernels)",
-        "cpu": OK if _C is not None else _NO_CORE,
+        "cpu": _CORE,
         "reference": OK,
     }
 
@@ -42,7 +62,8 @@ def core(name: str | None):
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {name!r}")
     reasons = available()
     if name is not None and reasons[name] != OK:
-        raise RuntimeError(f"backend={name!r} was requested, but {reasons[name]}")
+        usable = ", ".join(repr(other) for other in NAMES if reasons[other] == OK)
+        raise RuntimeError(f"backend={name!r} was requested, but {reasons[name]}; available here: {usable}")
     return None if name == "reference" else _C
 
 
