@@ -1,16 +1,18 @@
 # make demo | test | lint, each from nothing but Python: they set up a virtual environment first.
-# VENV=… uses another one, which may exist already.
+# VENV=… uses another one, which may exist already; TEXP_NATIVE as in setup.py.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+export TEXP_NATIVE ?= auto
 
 ifneq ($(words $(VENV)),1)
 $(error VENV must name one folder, without spaces; got '$(VENV)')
 endif
 
-# Kept in this checkout, one an environment: set up again when that changes or when what is installed does.
-READY := .ready-$(subst /,-,$(VENV))
+# For which environment and with which TEXP_NATIVE this checkout was last set up. There is one such file at a time, as
+# there is one core in the checkout: anything else sets up again, as does a change of what is installed.
+READY := .ready-$(TEXP_NATIVE)-$(subst /,-,$(VENV))
 
 .PHONY: demo test lint sanitize clean
 
@@ -27,6 +29,7 @@ lint: $(READY)
 # torch is installed by its exact version, and only where there is none that is new enough: a range, like that of the
 # package itself, would fetch the newest.
 $(READY): setup.py pyproject.toml Makefile $(wildcard csrc/*)
+	rm -f .ready-*
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch; assert torch.__version__ >= (2, 6)" 2>/dev/null || $(BIN)/pip install "torch==2.13.0"
 	$(BIN)/pip install "setuptools>=77" ninja
@@ -34,7 +37,7 @@ $(READY): setup.py pyproject.toml Makefile $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf .venv .ready* build dist *.egg-info
+	rm -rf .venv .ready* build dist *.egg-info texp/_C.*.so texp/_build.py
 
 # The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not looked for: Python has its own.
 SANITIZED := build/sanitize/lib

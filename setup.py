@@ -76,7 +76,7 @@ def native() -> tuple:
             try:
                 super().run()
             except Exception as error:
-                reason, self.extensions = f"compiling it failed: {' '.join(str(error).split())}", []
+                reason, self.extensions = f"compiling it failed: {' '.join(str(error).split()).rstrip('.')}", []
             for package in filter(Path.is_dir, packages):
                 record(package, reason)
             if reason:

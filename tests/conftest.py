@@ -1,5 +1,6 @@
 """What every test module shares: the backends to test, each on its devices, and how tensors are compared."""
 
+import os
 from dataclasses import dataclass
 
 import hypothesis
@@ -15,6 +16,12 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("search", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_configure() -> None:
+    """TEXP_NATIVE=1 asks for the C++ core: without it, its tests would be skipped."""
+    if os.environ.get("TEXP_NATIVE") == "1" and texp.backends.core(None) is None:
+        raise pytest.UsageError(f"TEXP_NATIVE=1 was requested, but {texp.backends.available()['cpu']}")
 
 
 @dataclass(frozen=True)
