@@ -31,6 +31,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+def commands() -> set[str]:
+    """Of README, in its blocks and in its prose."""
+    prose = " ".join(re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL).split())
+    return {
+        *(line for block in blocks("sh") for line in block.splitlines() if line),
+        *re.findall(r"`((?:texp|make|pip|pytest)(?: [^`]+)?)`", prose),
+    }
+
+
 def test_version_and_changelog():
     assert importlib.metadata.version("texp") == texp.__version__
     assert re.search(rf"^## {re.escape(texp.__version__)}", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
@@ -176,6 +185,30 @@ def test_why_there_is_no_core(tmp_path, found, reason):
     assert done.stderr.endswith("; available here: 'reference'\n")
 
 
+def test_the_source_distribution(tmp_path):
+    """It holds all that its tests read; these insist on the C++ core where TEXP_NATIVE=1 does."""
+    sources = copy_of_the_sources(tmp_path / "sources")
+    expected = {path.relative_to(sources) for path in sources.rglob("*") if path.is_file()}
+    (sources / "texp" / "_build.py").write_text("NO_CORE = 'of an earlier build'")
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=sources, env=environment(TEXP_NATIVE="0"), check=True, capture_output=True)
+    shutil.unpack_archive(tmp_path / f"texp-{texp.__version__}.tar.gz", tmp_path)
+    unpacked = tmp_path / f"texp-{texp.__version__}"
+    found = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
+    assert {path for path in found if "egg-info" not in path.parts[0]} - expected == {
+        Path("PKG-INFO"),
+        Path("setup.cfg"),
+    }
+    assert expected <= found
+
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_package.py", "-k", "version or files_exist"]
+    done = subprocess.run(command, cwd=unpacked, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    done = subprocess.run(command, cwd=unpacked, env=environment(TEXP_NATIVE="1"), capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "TEXP_NATIVE=1 was requested, but the C++ core was not built" in done.stderr
+
+
 def test_theory_imports_nothing_but_the_standard_library():
     tree = ast.parse((ROOT / "texp" / "theory.py").read_text())
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -203,20 +236,21 @@ class TestReadme:
             exec(compile(block, "README.md", "exec"), {})
 
     def test_every_command_is_run(self, tmp_path, monkeypatch):
-        """Commands of texp are run here; `make` targets by CI; the rest by the Makefile, word for word."""
+        """Those of texp here, shortened; `make` targets by CI; the rest by the Makefile or test_a_fresh_install."""
         monkeypatch.chdir(tmp_path)
-        ci, makefile = (ROOT / ".ci" / "run").read_text(), (ROOT / "Makefile").read_text()
-        commands = [line for block in blocks("sh") for line in block.splitlines() if line]
-        assert commands
-        for command in commands:
-            program, *arguments = shlex.split(command, comments=True)
-            plain = command.split("#")[0].strip()
-            if program == "texp" and arguments != ["demo"]:
-                assert run(arguments) == 0
+        (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+        quick = {"demo": ["--epochs", "4"], "bench": ["--models", "161 tiny tensors", "--seconds", "0"]}
+        recipes = (ROOT / "Makefile").read_text().replace("$(BIN)/", "").splitlines()
+        by_ci = [line.removeprefix("TEXP_NATIVE=0 ") for line in (ROOT / ".ci" / "run").read_text().splitlines()]
+        assert {"texp bench", "texp info", "make demo", "make sanitize", INSTALL, "pytest"} <= commands()
+        for command in commands():
+            program, *arguments = shlex.split(command)
+            if program == "texp":
+                assert run([*arguments, *quick.get(arguments[0], [])]) == 0
             elif program == "make":
-                assert plain.split(" VENV=")[0] in ci
+                assert command in by_ci
             else:
-                assert plain in makefile.replace("$(BIN)/", "")
+                assert command == INSTALL or f"\t{command}" in recipes, command
 
     def test_its_table_of_speed_is_that_of_the_records(self):
         """Every figure is one of the CSV, rounded to the digits that it has."""
@@ -242,3 +276,8 @@ class TestReadme:
         assert paths
         for path in (*links, *paths):
             assert (ROOT / path).exists(), path
+
+    def test_its_map_names_every_module(self):
+        named = re.findall(r"\b\w+\.py\b", README)
+        modules = {path.name for path in (ROOT / "texp").glob("[!_]*.py")}
+        assert modules <= set(named)
