@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export TEXP_NATIVE ?= auto
+export PATH := $(abspath $(BIN)):$(PATH)
 
 ifneq ($(words $(VENV)),1)
 $(error VENV must name one folder, without spaces; got '$(VENV)')

@@ -151,6 +151,7 @@ def _sharded(rank: int, rendezvous: str) -> None:
         for optimizer in optimizers:
             optimizer.fold()
         assert torch.equal(sharded.full_tensor(), whole)
+    dist.barrier()  # neither goes while the other still talks to it
     dist.destroy_process_group()
 
 

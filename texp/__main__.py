@@ -11,7 +11,8 @@ def main() -> None:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit(
-            f'texp: the command line needs {error.name}: install texp with the extra "demo", pip install ".[demo]"'
+            f'texp: the command line needs {error.name}: install texp with the extra "demo", as in '
+            'pip install --no-build-isolation ".[demo]"'
         )
     sys.exit(run())
 

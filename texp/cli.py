@@ -46,7 +46,9 @@ def run(arguments: list[str] | None = None) -> int:
         if library is None:
             raise
         return _fail(
-            1, f'this command needs {library}: install texp with the extra "demo", as in pip install ".[demo]"'
+            1,
+            f'this command needs {library}: install texp with the extra "demo", as in '
+            'pip install --no-build-isolation ".[demo]"',
         )
     except OSError as error:
         return _fail(1, str(error))
