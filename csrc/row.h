@@ -46,9 +46,10 @@ TEXP_INLINE T plus(T a, T x, T y) {
   return a == 0 ? y : fused(a, x, y);
 }
 
+// a·x, and −0 where a is 0, which added to anything leaves it as it is.
 template <class T>
 TEXP_INLINE T times(T a, T x) {
-  return a == 0 ? T(0) : a * x;
+  return a == 0 ? T(-0.0) : a * x;
 }
 
 template <class T>
@@ -66,7 +67,7 @@ bool is_heavy_ball(const Row<T>& row) {
   return row.c_u == 1 && row.c_g == 0 && row.c_p == 0 && row.r_d == 0;
 }
 
-// As `update` for such a row, with the same bits except for the sign of a zero.
+// As `update` for such a row, with the same bits.
 template <class T>
 TEXP_INLINE void update_heavy_ball(const Row<T>& row, T& p, T g, T& b) {
   const T u = plus(row.a_b, b, plus(row.a_p, p, times(row.a_g, g)));

@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "row.h"
 
@@ -45,8 +44,7 @@ struct Limits {
 // The most of κ and of μ that one step hands over to the scale: their values at the end of the theorem's range.
 TEXP_INLINE Limits limits(const Hyperparameters& h) {
   if (!h.scale_invariant || h.momentum >= 1 || h.lr < 0) return {0, 0};
-  constexpr double infinity = std::numeric_limits<double>::infinity();
-  if (h.lr == 0) return {infinity, infinity};
+  if (h.lr == 0) return {HUGE_VAL, HUGE_VAL};
   double kappa = 1, mu = 1;
   if (h.momentum != 0) {
     if (h.nesterov) {

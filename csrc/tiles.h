@@ -11,10 +11,11 @@ namespace texp {
 TEXP_INLINE int64_t tiles_of(int64_t numel, int64_t tile) { return numel / tile + (numel % tile != 0); }
 
 // The tensor of a tile. first[i] is the number of tiles before tensor i, for i = 0 … n; 0 ≤ tile < first[n].
-TEXP_INLINE int64_t tensor_of(int64_t tile, const int64_t* first, int64_t n) {
-  int64_t low = 0, high = n;  // first[low] ≤ tile < first[high]
+template <class Index>
+TEXP_INLINE Index tensor_of(Index tile, const Index* first, Index n) {
+  Index low = 0, high = n;  // first[low] ≤ tile < first[high]
   while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
+    const Index middle = low + (high - low) / 2;
     if (first[middle] <= tile) {
       low = middle;
     } else {
