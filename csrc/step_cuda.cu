@@ -8,7 +8,7 @@
 // card is the floor.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <cstring>
 #include <type_traits>
@@ -297,8 +297,8 @@ cudaError_t launch(cudaStream_t stream, const Tensor* tensors, int64_t n, const 
   }
   *first = static_cast<int32_t>(tiles);
   const auto blocks = static_cast<unsigned>(tiles > 0 ? tiles : 1);
-  step_kernel<kOnDevice, kBytes><<<blocks, kThreads, 0, stream>>>(table);
-  return cudaGetLastError();
+  void* arguments[] = {&table};
+  return cudaLaunchKernel(step_kernel<kOnDevice, kBytes>, dim3(blocks), dim3(kThreads), arguments, 0, stream);
 }
 
 template <class Source>

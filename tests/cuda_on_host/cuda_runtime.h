@@ -1,0 +1,104 @@
+// As much of CUDA as csrc/step_cuda.cu uses, on the CPU: blocks run one after the other, the threads of a block are threads.
+// What this cannot show is what the hardware does: coalescing, caches, the order of memory between blocks.
+#pragma once
+
+#include <atomic>
+#include <barrier>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __builtin_assume(x)
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+inline thread_local dim3 threadIdx, blockIdx;
+inline dim3 gridDim;
+inline std::barrier<>* block_barrier;
+
+inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline unsigned atomicInc(unsigned* at, unsigned most) {
+  std::atomic_ref<unsigned> value(*at);
+  const unsigned old = value.load();
+  value.store(old >= most ? 0 : old + 1);
+  return old;
+}
+inline bool __isGlobal(const void*) { return true; }
+
+template <class T>
+T __ldcs(const T* at) {
+  return *at;
+}
+template <class T>
+void __stcs(T* at, T value) {
+  *at = value;
+}
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  if (std::isnan(x)) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+using __half = _Float16;
+inline float __half2float(__half x) { return x; }
+inline __half __float2half_rn(float x) { return static_cast<__half>(x); }
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration"; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+
+inline int launches = 0;
+extern "C" inline __attribute__((used)) int launches_so_far() { return launches; }
+
+template <class Argument>
+cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
+  if (grid.x == 0 || sizeof(std::remove_const_t<Argument>) > 32764) return cudaErrorInvalidConfiguration;
+  ++launches;
+  gridDim = grid;
+  std::barrier<> barrier(block.x);
+  block_barrier = &barrier;
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < block.x; ++t) {
+    threads.emplace_back([=] {
+      threadIdx = {t};
+      for (unsigned b = 0; b < grid.x; ++b) {
+        blockIdx = {b};
+        kernel(*static_cast<std::remove_const_t<Argument>*>(arguments[0]));
+        __syncthreads();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return cudaSuccess;
+}

@@ -1,0 +1,307 @@
+"""csrc/step_cuda.cu, compiled for the host with a stand-in for CUDA (tests/cuda_on_host): what it computes, and where
+it writes. The same source is compiled by nvcc in test_cuda_build.py, and run on a GPU by tests marked `gpu`."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+import texp
+from tests.conftest import same_bits
+from texp import theory
+from texp.reference import Entry
+from texp.theory import Hyperparameters, Row, Scale
+
+ROOT = Path(__file__).parents[1]
+COMPILER = (os.environ.get("CXX") or "c++").split()[0]
+core = texp.backends.core(None)
+pytestmark = [
+    pytest.mark.skipif(core is None, reason=f"without the C++ core: {texp.backends.available()['cpu']}"),
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"there is no C++ compiler {COMPILER!r}"),
+]
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of texp::Dtype
+FIXED, PARAMETER, STATISTIC = range(3)
+TILE = 4096
+
+
+class CTensor(ctypes.Structure):
+    _fields_ = (
+        ("p", ctypes.c_void_p),
+        ("g", ctypes.c_void_p),  # or the power of a statistic, as a float64
+        ("b", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("slot", ctypes.c_int32),
+        ("source", ctypes.c_uint16),
+        ("kind", ctypes.c_uint8),
+        ("dtypes", ctypes.c_uint8),
+    )
+
+
+class CGroup(ctypes.Structure):
+    _fields_ = (
+        ("numbers", ctypes.c_double * 4),  # or pointers
+        ("state", ctypes.c_void_p),
+        ("where", ctypes.c_uint8 * 4),
+        ("nesterov", ctypes.c_bool),
+        ("maximize", ctypes.c_bool),
+        ("scale_invariant", ctypes.c_bool),
+        ("ends", ctypes.c_bool),
+    )
+
+
+class CState(ctypes.Structure):
+    _fields_ = (
+        ("P", ctypes.c_double),
+        ("kappa", ctypes.c_double),
+        ("exponent", ctypes.c_int64),
+        ("started", ctypes.c_int64),
+    )
+
+
+class CDevice(ctypes.Structure):
+    _fields_ = (
+        ("grad_scale", ctypes.c_void_p),
+        ("found_inf", ctypes.c_void_p),
+        ("started", ctypes.c_void_p),
+        ("ticket", ctypes.c_void_p),
+    )
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    library = tmp_path_factory.mktemp("cuda") / "step_cuda.so"
+    # Without -ffp-contract=off, the compiler would fuse what nvcc is told not to.
+    command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread"]
+    command += [f"-I{ROOT / 'tests' / 'cuda_on_host'}", f"-I{ROOT / 'csrc'}", "-x", "c++"]
+    subprocess.run([*command, str(ROOT / "csrc" / "step_cuda.cu"), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.texp_cuda_step.restype = ctypes.c_char_p
+    loaded.texp_cuda_step.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64) + (
+        ctypes.c_void_p,
+    ) * 3
+    return loaded
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def ctensor(entry: Entry, source: int, kind: int = FIXED, slot: int = 0) -> CTensor:
+    p, g, b = entry
+    dtypes = DTYPES.index(p.dtype) + 16 * DTYPES.index(p.dtype if b is None else b.dtype)
+    return CTensor(pointer(p), pointer(g), pointer(b), p.numel(), slot, source, kind, dtypes)
+
+
+def apply(kernel, entries: list[tuple[Row, Entry]]) -> int:
+    """Returns how many launches it took."""
+    rows = list(dict.fromkeys(row for row, _ in entries))
+    before = kernel.launches_so_far()
+    error = kernel.texp_cuda_step(
+        0,
+        None,
+        (CTensor * len(entries))(*(ctensor(entry, rows.index(row)) for row, entry in entries)),
+        len(entries),
+        (ctypes.c_double * (10 * len(rows)))(*(x for row in rows for x in row)),
+        None,
+        None,
+    )
+    assert error is None
+    return kernel.launches_so_far() - before
+
+
+HYPERS = [
+    Hyperparameters(0.1),
+    Hyperparameters(0.1, 0.9, 0.0, 0.1),
+    Hyperparameters(0.1, 0.9, 0.25, 0.1, maximize=True),
+    Hyperparameters(0.1, 0.9, 0.0, 0.1, nesterov=True),
+    Hyperparameters(0.1, 0.9, 0.0, 0.1, scale_invariant=True),
+    Hyperparameters(0.1, 0.9, 0.0, 0.1, nesterov=True, scale_invariant=True),
+    Hyperparameters(0.9, 0.0, 0.0, 0.9, scale_invariant=True),
+]
+
+
+def rows_of(hyper: Hyperparameters) -> tuple[Row, Row, Row]:
+    """Running, first, and idle: with P above 1, so that the exponential ones pass 2 or do not."""
+    scale = Scale(1.9, 3, 0.1) if hyper.scale_invariant else Scale()
+    step = theory.advance(scale, hyper, grad_scale=8.0)
+    return step.running, step.first, step.idle
+
+
+SIZES = [0, 1, 3, 4, 5, 255, 1023, 1024, 1025, TILE - 1, TILE, TILE + 1, 2 * TILE + 7]
+
+
+@pytest.mark.parametrize("hyper", HYPERS, ids=str)
+def test_it_has_the_bits_of_the_cpu(kernel, hyper):
+    """Every dtype, with and without gradient and buffer, aligned or not, in one launch, between poisoned elements."""
+    generator = torch.Generator().manual_seed(0)
+    poison, entries, twins = -7.0, [], []
+
+    def make(size: int, dtype: torch.dtype, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+        storage = torch.full((size + 32,), poison, dtype=dtype)
+        inside = storage[16 + offset :][:size]
+        inside.copy_(torch.randn(size, generator=generator))
+        return inside, storage
+
+    for i, size in enumerate(SIZES):
+        for dtype in DTYPES:
+            for b_dtype in {dtype, torch.float32 if dtype != torch.float64 else dtype, None}:
+                offsets = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 3, 3)][i % 5]
+                (p, p_storage), (g, g_storage) = (make(size, dtype, offset) for offset in offsets[:2])
+                b, b_storage = (None, None) if b_dtype is None else make(size, b_dtype, offsets[2])
+                row = rows_of(hyper)[(i + len(entries)) % 3]
+                g = g if (i + len(entries)) % 3 != 2 else None  # idle rows are for tensors without one
+                entries.append((row, Entry(p, g, b)))
+                twins.append(
+                    (Entry(*(x if x is None else x.clone() for x in (p, g, b))), p_storage, b_storage, g_storage)
+                )
+    assert apply(kernel, entries) == 1
+    for (row, (p, g, b)), (twin, p_storage, b_storage, g_storage) in zip(entries, twins, strict=True):
+        core.apply(row, [twin])
+        assert same_bits(p, twin.param)
+        assert b is None or same_bits(b, twin.buf)
+        assert g is None or same_bits(g, twin.grad)
+        for inside, storage in ((p, p_storage), (b, b_storage), (g, g_storage)):
+            if inside is not None:
+                inside.fill_(poison)
+                assert (storage == poison).all()
+
+
+def test_more_tensors_and_rows_than_fit_one_launch(kernel):
+    generator = torch.Generator().manual_seed(0)
+    entries = []
+    for i in range(1500):
+        row = Row(a_g=1.0, c_u=1.0, e=0.5 + i // 5)  # 300 of them
+        entries.append((row, Entry(torch.randn(3, generator=generator), torch.randn(3, generator=generator))))
+    expected = [entry.param - row.e * entry.grad for row, entry in entries]
+    assert 2 <= apply(kernel, entries) <= 4
+    for (_, entry), q in zip(entries, expected, strict=True):
+        assert torch.allclose(entry.param, q)
+
+
+@pytest.mark.parametrize("sizes", [[0], [0, 0, 5], [5, 0], [0, TILE, 0, 1, 0]], ids=str)
+def test_empty_tensors(kernel, sizes):
+    entries = [(Row(c_g=1.0, e=-1.0), Entry(torch.zeros(size), torch.ones(size))) for size in sizes]
+    assert apply(kernel, entries) == 1
+    assert all((entry.param == 1).all() for _, entry in entries)
+
+
+@dataclass
+class OnDevice:
+    """The host side of groups whose scales are on the device, in Python; hyperparameters are read by pointer."""
+
+    kernel: ctypes.CDLL
+    groups: list[dict]  # params, bufs, stats, hyper
+    states: ctypes.Array = field(init=False)
+
+    def __post_init__(self):
+        self.states = (CState * len(self.groups))(*(CState(1.0, 0.0, 0, 0) for _ in self.groups))
+        self.started = torch.zeros(sum(len(group["params"]) for group in self.groups), dtype=torch.uint8)
+        self.ticket = torch.zeros(1, dtype=torch.int32)
+
+    def step(self, grads: list[list[torch.Tensor | None]], grad_scale: float, found_inf: bool) -> int:
+        tensors, groups, slot = [], [], 0
+        self.kept = []
+        for index, (group, gs) in enumerate(zip(self.groups, grads, strict=True)):
+            hyper = group["hyper"]
+            numbers = (hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay)
+            where = [index % 3] * 4  # host, float32, float64
+            if index % 3:
+                self.kept += [torch.tensor(x, dtype=(torch.float32, torch.float64)[index % 3 - 1]) for x in numbers]
+                pointers = (ctypes.c_int64 * 4)(*(x.data_ptr() for x in self.kept[-4:]))
+                numbers = (ctypes.c_double * 4).from_buffer(pointers)
+            flags = (hyper.nesterov, hyper.maximize, hyper.scale_invariant, False)
+            state = ctypes.addressof(self.states[index])
+            groups.append(CGroup((ctypes.c_double * 4)(*numbers), state, (ctypes.c_uint8 * 4)(*where), *flags))
+            for p, b, g in zip(group["params"], group["bufs"], gs, strict=True):
+                tensors.append(ctensor(Entry(p, g, b if hyper.momentum != 0 else None), index, PARAMETER, slot))
+                slot += 1
+            for stat, power in group["stats"]:
+                tensors.append(ctensor(Entry(stat), index, STATISTIC))
+                tensors[-1].g = ctypes.c_int64.from_buffer(ctypes.c_double(power)).value
+        scale, inf = torch.tensor(grad_scale), torch.tensor(float(found_inf))
+        device = CDevice(scale.data_ptr(), inf.data_ptr(), self.started.data_ptr(), self.ticket.data_ptr())
+        before = self.kernel.launches_so_far()
+        error = self.kernel.texp_cuda_step(
+            0,
+            None,
+            (CTensor * len(tensors))(*tensors),
+            len(tensors),
+            None,
+            (CGroup * len(groups))(*groups),
+            ctypes.byref(device),
+        )
+        assert error is None
+        assert self.ticket.item() == 0
+        return self.kernel.launches_so_far() - before
+
+
+@pytest.mark.parametrize("copies", [1, 40], ids=["one launch", "several launches"])
+def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies):
+    """Over a schedule with overflows, late and missing gradients, bit for bit."""
+    hypers = [
+        Hyperparameters(0.5, 0.75, 0.25, 0.5, scale_invariant=True),
+        Hyperparameters(0.5, 0.75, 0.0, 0.5, nesterov=True, scale_invariant=True),
+        Hyperparameters(0.5, 0.75, 0.25, 0.5),
+        Hyperparameters(0.5, 0.0, 0.0, 0.5, scale_invariant=True, maximize=True),
+        Hyperparameters(0.5, 0.0, 0.0, 0.5),
+    ] * copies
+    torch.manual_seed(0)
+    shapes = [(5,), (2, 3), (0,), (7,)]
+    groups = [
+        {
+            "params": [torch.randn(shape) for shape in shapes],
+            "bufs": [torch.full(shape, float("nan")) for shape in shapes],  # not to be read before a first step
+            "stats": [(torch.ones(3), 1.0), (torch.ones(3, dtype=torch.float64), 2.0)]
+            if hyper.scale_invariant
+            else [],
+            "hyper": hyper,
+        }
+        for hyper in hypers
+    ]
+    twins = [
+        {
+            "params": [torch.nn.Parameter(p.clone()) for p in group["params"]],
+            "norm_stats": [(stat.clone(), power) for stat, power in group["stats"]],
+            **group["hyper"]._asdict(),
+        }
+        for group in groups
+    ]
+    optimizer = texp.SGD(twins, backend="cpu")
+    device = OnDevice(kernel, groups)
+    for t in range(6 if copies > 1 else 14):
+        found_inf = t in (0, 3)
+        for i, group in enumerate(groups):
+            lr = 0.5 if t < 5 else 0.25
+            group["hyper"] = group["hyper"]._replace(lr=lr)
+            optimizer.param_groups[i]["lr"] = lr
+        # The last tensor comes late; the first misses a gradient; one group misses all, but never its first.
+        missing = [(j == 3 and t < 2) or (j == 0 and t == 2) for j in range(len(shapes))]
+        grads = [
+            [None if absent else torch.randn(shape) for shape, absent in zip(shapes, missing, strict=True)]
+            for _ in hypers
+        ]
+        device.step(grads, 2.0, found_inf)
+        if not found_inf:
+            for group, gs in zip(optimizer.param_groups, grads, strict=True):
+                for p, g in zip(group["params"], gs, strict=True):
+                    p.grad = g
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+            optimizer.step()
+        for group, twin, state in zip(groups, optimizer.param_groups, device.states, strict=True):
+            assert (state.P, state.kappa, state.exponent) == (
+                twin["scale"],
+                twin["carried_decay"],
+                twin["scale_exponent"],
+            )
+            for p, b, q in zip(group["params"], group["bufs"], twin["params"], strict=True):
+                assert same_bits(p, q.detach())
+                buf = optimizer.state[q].get("momentum_buffer") if q in optimizer.state else None
+                assert b.isnan().all() if buf is None else same_bits(b, buf)
+            for (stat, _), (other, _) in zip(group["stats"], twin["norm_stats"], strict=True):
+                assert same_bits(stat, other)
