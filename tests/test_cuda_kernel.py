@@ -28,6 +28,7 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of texp::Dtype
 FIXED, PARAMETER, STATISTIC = range(3)
 TILE = 4096
+POISON = -7.0
 
 
 class CTensor(ctypes.Structure):
@@ -85,7 +86,8 @@ def kernel(tmp_path_factory):
     loaded.texp_cuda_step.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64) + (
         ctypes.c_void_p,
     ) * 3
-    return loaded
+    yield loaded
+    assert loaded.misaligned_so_far() == 0
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:
@@ -140,10 +142,10 @@ SIZES = [0, 1, 3, 4, 5, 255, 1023, 1024, 1025, TILE - 1, TILE, TILE + 1, 2 * TIL
 def test_it_has_the_bits_of_the_cpu(kernel, hyper):
     """Every dtype, with and without gradient and buffer, aligned or not, in one launch, between poisoned elements."""
     generator = torch.Generator().manual_seed(0)
-    poison, entries, twins = -7.0, [], []
+    entries, twins = [], []
 
     def make(size: int, dtype: torch.dtype, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
-        storage = torch.full((size + 32,), poison, dtype=dtype)
+        storage = torch.full((size + 32,), POISON, dtype=dtype)
         inside = storage[16 + offset :][:size]
         inside.copy_(torch.randn(size, generator=generator))
         return inside, storage
@@ -168,8 +170,8 @@ def test_it_has_the_bits_of_the_cpu(kernel, hyper):
         assert g is None or same_bits(g, twin.grad)
         for inside, storage in ((p, p_storage), (b, b_storage), (g, g_storage)):
             if inside is not None:
-                inside.fill_(poison)
-                assert (storage == poison).all()
+                inside.fill_(POISON)
+                assert (storage == POISON).all()
 
 
 def test_more_tensors_and_rows_than_fit_one_launch(kernel):
@@ -241,22 +243,29 @@ class OnDevice:
         return self.kernel.launches_so_far() - before
 
 
-@pytest.mark.parametrize("copies", [1, 40], ids=["one launch", "several launches"])
-def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies):
+@pytest.mark.parametrize(
+    ("copies", "tensors"),
+    [
+        pytest.param(1, 1, id="one launch"),
+        pytest.param(40, 1, id="many groups, several launches"),
+        pytest.param(1, 90, id="groups over several launches"),
+    ],
+)
+def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies, tensors):
     """Over a schedule with overflows, late and missing gradients, bit for bit."""
     hypers = [
         Hyperparameters(0.5, 0.75, 0.25, 0.5, scale_invariant=True),
-        Hyperparameters(0.5, 0.75, 0.0, 0.5, nesterov=True, scale_invariant=True),
         Hyperparameters(0.5, 0.75, 0.25, 0.5),
-        Hyperparameters(0.5, 0.0, 0.0, 0.5, scale_invariant=True, maximize=True),
+        Hyperparameters(0.5, 0.75, 0.0, 0.5, nesterov=True, scale_invariant=True),
         Hyperparameters(0.5, 0.0, 0.0, 0.5),
+        Hyperparameters(0.5, 0.0, 0.0, 0.5, scale_invariant=True, maximize=True),
     ] * copies
     torch.manual_seed(0)
-    shapes = [(5,), (2, 3), (0,), (7,)]
+    shapes = [(5,), (2, 3), (0,), (7,)] * tensors
     groups = [
         {
             "params": [torch.randn(shape) for shape in shapes],
-            "bufs": [torch.full(shape, float("nan")) for shape in shapes],  # not to be read before a first step
+            "bufs": [torch.full(shape, POISON) for shape in shapes],  # not to be touched before a first step
             "stats": [(torch.ones(3), 1.0), (torch.ones(3, dtype=torch.float64), 2.0)]
             if hyper.scale_invariant
             else [],
@@ -274,19 +283,19 @@ def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies):
     ]
     optimizer = texp.SGD(twins, backend="cpu")
     device = OnDevice(kernel, groups)
-    for t in range(6 if copies > 1 else 14):
+    for t in range(6 if copies * tensors > 1 else 14):
         found_inf = t in (0, 3)
         for i, group in enumerate(groups):
             lr = 0.5 if t < 5 else 0.25
             group["hyper"] = group["hyper"]._replace(lr=lr)
             optimizer.param_groups[i]["lr"] = lr
-        # The last tensor comes late; the first misses a gradient; one group misses all, but never its first.
-        missing = [(j == 3 and t < 2) or (j == 0 and t == 2) for j in range(len(shapes))]
+        # One tensor comes late, another misses a gradient.
+        missing = [(j % 4 == 3 and t < 2) or (j % 4 == 0 and t == 2) for j in range(len(shapes))]
         grads = [
             [None if absent else torch.randn(shape) for shape, absent in zip(shapes, missing, strict=True)]
             for _ in hypers
         ]
-        device.step(grads, 2.0, found_inf)
+        assert (device.step(grads, 2.0, found_inf) == 1) == (copies * tensors == 1)
         if not found_inf:
             for group, gs in zip(optimizer.param_groups, grads, strict=True):
                 for p, g in zip(group["params"], gs, strict=True):
@@ -302,6 +311,6 @@ def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies):
             for p, b, q in zip(group["params"], group["bufs"], twin["params"], strict=True):
                 assert same_bits(p, q.detach())
                 buf = optimizer.state[q].get("momentum_buffer") if q in optimizer.state else None
-                assert b.isnan().all() if buf is None else same_bits(b, buf)
+                assert (b == POISON).all() if buf is None else same_bits(b, buf)
             for (stat, _), (other, _) in zip(group["stats"], twin["norm_stats"], strict=True):
                 assert same_bits(stat, other)

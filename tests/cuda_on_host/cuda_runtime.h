@@ -42,12 +42,18 @@ inline unsigned atomicInc(unsigned* at, unsigned most) {
 }
 inline bool __isGlobal(const void*) { return true; }
 
+// A GPU would fault.
+inline std::atomic<int> misaligned = 0;
+extern "C" inline __attribute__((used)) int misaligned_so_far() { return misaligned; }
+
 template <class T>
 T __ldcs(const T* at) {
+  misaligned += reinterpret_cast<uintptr_t>(at) % alignof(T) != 0;
   return *at;
 }
 template <class T>
 void __stcs(T* at, T value) {
+  misaligned += reinterpret_cast<uintptr_t>(at) % alignof(T) != 0;
   *at = value;
 }
 
