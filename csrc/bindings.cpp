@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "device_walk.h"
 #include "plan.h"
 #include "scale.h"
 #include "walk.h"
@@ -18,8 +19,10 @@ namespace {
 
 // Takes one step of all tensors that the kernel can take, and returns the list of the others (see Walk::left).
 //
-// `check` is called with that list, if it is not empty, before anything is changed; it may raise.
-py::list step(const py::list& groups, const py::dict& state, double grad_scale, const py::object& check) {
+// `check` is called with that list, if it is not empty, before anything is changed; it may raise. cpu, cuda: which
+// kernels may be used.
+py::list step(const py::list& groups, const py::dict& state, double grad_scale, const py::object& check, bool cpu,
+              bool cuda) {
   at::NoGradGuard no_grad;
   thread_local Walk kept;
   std::optional<Walk> own;  // where `check` or a hook steps another optimizer meanwhile
@@ -33,13 +36,35 @@ py::list step(const py::list& groups, const py::dict& state, double grad_scale, 
       walk.busy = false;
     }
   } busy(walk);
-  walk.walk(groups, state, grad_scale);
+  walk.walk(groups, state, grad_scale, cpu, cuda);
   const py::list left = walk.left();
   if (PyList_GET_SIZE(left.ptr()) != 0) check(left);
   walk.find_states(state);
   walk.run();
   return left;
 }
+
+#if defined(TEXP_WITH_CUDA)
+
+// Takes one step of groups whose scales are on a device. Returns why it cannot be taken in this way, and then changes
+// nothing, or None. grad_scale, found_inf: float32 tensors of one element on the device, or None.
+py::object step_on_device(const py::list& groups, const py::dict& state, const py::object& states,
+                          const py::object& started, const py::object& ticket, const py::object& grad_scale,
+                          const py::object& found_inf) {
+  at::NoGradGuard no_grad;
+  const auto tensor = [](const py::object& object) { return THPVariable_Unpack(object.ptr()); };
+  const auto optional = [](const py::object& object) {
+    return object.is_none() ? nullptr : &THPVariable_Unpack(object.ptr());
+  };
+  const OnDevice on_device{tensor(states), tensor(started), tensor(ticket)};
+  const bool capturing = texp_cuda_is_capturing(current_stream(on_device.states.device().index()));
+  DeviceWalk walk(on_device, capturing);
+  if (const char* why = walk.walk(groups, state)) return py::str(why);
+  walk.run(optional(grad_scale), optional(found_inf));
+  return py::none();
+}
+
+#endif
 
 Row<double> as_row(const py::tuple& t) {
   const auto at = [&](size_t i) { return t[i].cast<double>(); };
@@ -60,14 +85,16 @@ py::tuple advance_tuple(const py::tuple& scale, const py::tuple& h, bool first, 
 // texp.reference.apply for tensors that the kernel can take; raises ValueError, with the reason, for others.
 void apply(const py::tuple& row, const py::iterable& entries) {
   at::NoGradGuard no_grad;
-  Plan plan;
-  const int32_t index = plan.add_row(as_row(row));
+  Rows rows;
+  Plan plan(rows, c10::Device(c10::kCPU));
+  const int32_t index = rows.add(as_row(row));
   const auto tensor = [](const py::handle& object) -> const at::Tensor* {
     if (object.is_none()) return nullptr;
     if (!THPVariable_CheckExact(object.ptr())) throw py::value_error("a tensor is a subclass of torch.Tensor");
     return &THPVariable_Unpack(object.ptr());
   };
   for (const py::tuple& entry : py::cast<std::vector<py::tuple>>(entries)) {
+    if (!tensor(entry[0])->is_cpu()) throw py::value_error("the parameter is not on the CPU");
     if (const Refusal refusal = plan.take(*tensor(entry[0]), tensor(entry[1]), tensor(entry[2]), index))
       throw py::value_error(std::string(refusal.who) + " " + refusal.why);
   }
@@ -81,7 +108,12 @@ void apply(const py::tuple& row, const py::iterable& entries) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The C++ core of texp; see texp/optimizer.py and texp/backends.py.";
   module.def("observed", &at::hasCallbacks, "Whether a profiler or another observer is to see the next step.");
-  module.def("step", &texp::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"), py::arg("check"));
+  module.def("step", &texp::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"), py::arg("check"),
+             py::arg("cpu") = true, py::arg("cuda") = false);
+#if defined(TEXP_WITH_CUDA)
+  module.def("step_on_device", &texp::step_on_device, py::arg("groups"), py::arg("state"), py::arg("states"),
+             py::arg("started"), py::arg("ticket"), py::arg("grad_scale"), py::arg("found_inf"));
+#endif
   module.def("advance", &texp::advance_tuple, py::arg("scale"), py::arg("hyper"), py::arg("first"), py::arg("grad_scale"));
   module.def("cpu_variants", &texp::cpu_variants);
   module.def("use_cpu_variant", &texp::use_cpu_variant, py::arg("name"));

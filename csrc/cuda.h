@@ -80,6 +80,9 @@ const char* texp_cuda_step(int device_index, void* stream, const texp::cuda::Ten
                            const texp::Row<double>* rows, const texp::cuda::Group* groups,
                            const texp::cuda::Device* device);
 
+// Whether what is launched on the stream is being captured in a graph.
+bool texp_cuda_is_capturing(void* stream);
+
 // How many devices there are, or −1, and then `error` says why there is none.
 int texp_cuda_devices(const char** error);
 }

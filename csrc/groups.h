@@ -162,14 +162,17 @@ class Reader {
         .maximize = flag_of(key.maximize),
         .scale_invariant = flag_of(key.scale_invariant),
     };
-    const auto at_least_0 = [&](PyObject* name, double value) {
-      if (!(std::isfinite(value) && value >= 0)) refuse(index, name, " of at least 0", value);
-    };
-    at_least_0(key.momentum, h.momentum);
-    at_least_0(key.weight_decay, h.weight_decay);
-    if (!std::isfinite(h.lr)) refuse(index, key.lr, "", h.lr);
-    if (!std::isfinite(h.dampening)) refuse(index, key.dampening, "", h.dampening);
+    check_number(index, key.momentum, h.momentum);
+    check_number(index, key.weight_decay, h.weight_decay);
+    check_number(index, key.lr, h.lr);
+    check_number(index, key.dampening, h.dampening);
     return h;
+  }
+
+  // Raises ValueError for a hyperparameter that is not finite, or below 0 where it may not be.
+  static void check_number(Py_ssize_t index, PyObject* name, double value) {
+    const bool at_least_0 = name == names().momentum || name == names().weight_decay;
+    if (!std::isfinite(value) || (at_least_0 && value < 0)) refuse(index, name, at_least_0 ? " of at least 0" : "", value);
   }
 
   // Raises ValueError for what no step leaves behind.

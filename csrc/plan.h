@@ -16,9 +16,9 @@
 
 namespace texp {
 
-// Why the kernel cannot take a tensor, or null.
+// Why no kernel can take a tensor, or null.
 inline const char* unsupported(const at::Tensor& t) {
-  if (!t.device().is_cpu()) return "is not on the CPU";
+  if (!t.device().is_cpu() && !t.device().is_cuda()) return "is neither on the CPU nor on a CUDA device";
   if (t.layout() != at::kStrided) return "is not strided (sparse, say)";
   constexpr c10::DispatchKeySet lazy{c10::DispatchKey::Python, c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
                                      c10::DispatchKey::ZeroTensor};
@@ -72,12 +72,24 @@ struct Refusal {
   explicit operator bool() const { return why != nullptr; }
 };
 
-// What one step is going to do, gathered before any of it is done.
+constexpr int32_t kUnknownRow = -1;
+
+// What one step is going to do on one device, gathered before any of it is done.
 class Plan {
  public:
-  // The memory of the last step serves the next one.
+  Plan(const Rows& rows, c10::Device device)
+      : rows_(rows), device_(device), plain_(device.is_cpu() ? kPlainOnCpu : kPlainOnCuda) {}
+
+  const c10::Device& device() const { return device_; }
+  const std::vector<Item>& items() const { return items_; }
+
   void clear() {
-    rows_.clear();
+    forget_items();
+    shared_.clear();
+  }
+
+  // The memory of the last step serves the next one.
+  void forget_items() {
     items_.clear();
     read_.clear();
     written_.clear();
@@ -85,16 +97,13 @@ class Plan {
     copies_.clear();
     held_.clear();
     held_storages_.clear();
-    shared_.clear();
     elements_ = 0;
   }
 
-  int32_t add_row(const Row<double>& row) { return rows_.add(row); }
-  const Row<double>& row(int32_t index) const { return rows_.wide[index]; }
-
-  // Takes p, g and b (null: none) if the kernel can; otherwise says why not and takes nothing.
+  // Takes p, g and b (null: none) if the kernel can; otherwise says why not and takes nothing. `row`: which of the rows,
+  // or kUnknownRow.
   Refusal take(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
-    if (!rows_.fits(row, dtype_of(p))) return {"the parameter", "is too narrow for a step as large as this"};
+    if (row != kUnknownRow && !rows_.fits(row, dtype_of(p))) return {"the parameter", "is too narrow for a step as large as this"};
     if (usual(p) && (g == nullptr || usual(*g, p)) && (b == nullptr || usual(*b, p)) && shared_.empty()) {
       push(p, p, g, b, b, row);
       return {};
@@ -102,11 +111,13 @@ class Plan {
     if (const char* why = unwritable(p)) return {"the parameter", why};
     if (g != nullptr) {
       if (const char* why = unsupported(*g)) return {"its gradient", why};
+      if (g->device() != p.device()) return {"its gradient", "is on another device"};
       if (g->scalar_type() != p.scalar_type()) return {"its gradient", "has another dtype"};
       if (g->sizes() != p.sizes()) return {"its gradient", "has another shape"};
     }
     if (b != nullptr) {
       if (const char* why = unwritable(*b)) return {"its momentum buffer", why};
+      if (b->device() != p.device()) return {"its momentum buffer", "is on another device"};
       const bool wider = p.scalar_type() != at::kDouble && b->scalar_type() == at::kFloat;
       if (b->scalar_type() != p.scalar_type() && !wider)
         return {"its momentum buffer", "is neither of its dtype nor float32"};
@@ -121,24 +132,20 @@ class Plan {
     return {};
   }
 
-  // Whether tensors that are written to share memory: threads would write there at once, in no order. If so, clears the
-  // plan, which from then on refuses those tensors.
+  // Whether tensors that are written to share memory: threads would write there at once, in no order. The plan then
+  // refuses those tensors until it is cleared, and has to be made anew.
   bool has_shared_memory() {
     const uint64_t layout = fingerprint();
     uint64_t& known = known_layouts_[layout % known_layouts_.size()];
     if (known == layout && copies_.empty()) return false;
-    std::unordered_set<const c10::TensorImpl*> shared = overlapping();
-    if (shared.empty()) {
-      known = layout;
-      return false;
-    }
-    clear();
-    shared_ = std::move(shared);
-    return true;
+    shared_ = overlapping();
+    if (!shared_.empty()) return true;
+    known = layout;
+    return false;
   }
 
   // Letting other threads have the interpreter pays for steps that take longer than the handing over.
-  bool lends_interpreter() const { return elements_ > 1'000'000; }
+  bool lends_interpreter() const { return device_.is_cpu() && elements_ > 1'000'000; }
 
   // Keeps tensors and their memory, which Python code that runs before or during the step may drop.
   void hold() {
@@ -154,6 +161,11 @@ class Plan {
 
   void run() {
     step_cpu(items_, rows_);
+    write_back();
+  }
+
+  // What remains to be done after the kernel.
+  void write_back() {
     for (auto& [original, flat] : written_back_) original.copy_(flat);
   }
 
@@ -162,13 +174,17 @@ class Plan {
   }
 
  private:
+  static constexpr c10::DispatchKeySet kPlainOnCpu{c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                                   c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU};
+  static constexpr c10::DispatchKeySet kPlainOnCuda{c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
+                                                    c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA};
+
   // What nearly all tensors are, told at little cost.
-  static bool usual(const at::Tensor& t) {
-    constexpr c10::DispatchKeySet plain{c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                                        c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU};
-    return t.key_set() == plain && t.scalar_type() == at::kFloat && t.is_contiguous();
+  bool usual(const at::Tensor& t) const {
+    return t.key_set() == plain_ && t.scalar_type() == at::kFloat && t.is_contiguous() &&
+           (device_.is_cpu() || t.device() == device_);
   }
-  static bool usual(const at::Tensor& t, const at::Tensor& p) { return usual(t) && t.sizes() == p.sizes(); }
+  bool usual(const at::Tensor& t, const at::Tensor& p) const { return usual(t) && t.sizes() == p.sizes(); }
 
   void push(const at::Tensor& p, const at::Tensor& p_flat, const at::Tensor* g_flat, const at::Tensor* b,
             const at::Tensor* b_flat, int32_t row) {
@@ -232,7 +248,9 @@ class Plan {
     return shared;
   }
 
-  Rows rows_;
+  const Rows& rows_;
+  const c10::Device device_;
+  const c10::DispatchKeySet plain_;
   std::vector<Item> items_;
   std::vector<c10::TensorImpl*> read_, written_;
   std::deque<at::Tensor> copies_;  // a deque, so that references stay valid

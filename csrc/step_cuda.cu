@@ -330,6 +330,12 @@ extern "C" const char* texp_cuda_step(int device_index, void* stream, const texp
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+extern "C" bool texp_cuda_is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess &&
+         status != cudaStreamCaptureStatusNone;
+}
+
 extern "C" int texp_cuda_devices(const char** error) {
   int count = 0;
   const cudaError_t result = cudaGetDeviceCount(&count);

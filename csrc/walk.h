@@ -11,10 +11,12 @@
 
 #include <cmath>
 #include <deque>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "groups.h"
+#include "launch.h"
 #include "plan.h"
 #include "scale.h"
 
@@ -52,24 +54,31 @@ class Walk {
 
   // Forgets everything, but keeps the memory for the next step.
   void clear() {
-    plan_.clear();
+    clear_plans();
     forget();
     reader_.careful = Reader::always_careful;
   }
 
-  // Walks over the groups and changes nothing.
-  void walk(const py::list& groups, const py::dict& state, double grad_scale) {
+  // Walks over the groups and changes nothing. cpu, cuda: whether tensors there may be taken.
+  void walk(const py::list& groups, const py::dict& state, double grad_scale, bool cpu, bool cuda) {
+    cpu_ = cpu;
+    cuda_ = cuda;
     watched_ = c10::impl::TorchDispatchModeTLS::any_modes_set();
     try {
       walk_once(groups, state, grad_scale);
     } catch (const Unusual&) {
-      plan_.clear();
+      clear_plans();
       walk_carefully(groups, state, grad_scale);
     }
-    if (plan_.has_shared_memory()) walk_carefully(groups, state, grad_scale);
+    bool shared = false;
+    for_each_plan([&](Plan& plan) { shared = plan.has_shared_memory() || shared; });
+    if (shared) {
+      for_each_plan([](Plan& plan) { plan.forget_items(); });
+      walk_carefully(groups, state, grad_scale);
+    }
     // From here on Python code may run: what is left to the reference is looked at, state is made for new buffers, or
     // another thread has the interpreter.
-    if (!left_.empty() || !new_bufs_.empty() || plan_.lends_interpreter()) hold();
+    if (!left_.empty() || !new_bufs_.empty() || on_cpu_.lends_interpreter()) hold();
   }
 
   // (group index, why, row, param, grad, buffer or None, whether it is yet to be made) of each tensor that the kernel
@@ -85,7 +94,7 @@ class Walk {
                                                 : py::reinterpret_steal<py::object>(THPVariable_Wrap(*p.grad));
       py::object why = py::none();
       if (l.refusal) why = py::str(std::string(l.refusal.who) + " " + l.refusal.why);
-      list.append(py::make_tuple(l.group, why, as_tuple(plan_.row(l.row)), or_none(p.object), grad, or_none(p.buf),
+      list.append(py::make_tuple(l.group, why, as_tuple(rows_.wide[l.row]), or_none(p.object), grad, or_none(p.buf),
                                  l.starts));
     }
     return list;
@@ -100,13 +109,14 @@ class Walk {
   }
 
   void run() {
-    if (plan_.lends_interpreter()) {
+    for (auto& plan : on_cuda_) launch(*plan, rows_);
+    if (on_cpu_.lends_interpreter()) {
       const py::gil_scoped_release release;
-      plan_.run();
+      on_cpu_.run();
     } else {
-      plan_.run();
+      on_cpu_.run();
     }
-    plan_.bump_versions();
+    for_each_plan([](Plan& plan) { plan.bump_versions(); });
     for (const auto& [stored, i] : rescaled_) stored.write(steps_[i].scale, steps_[i].step.scale, !held_);
     for (const NewBuf& made : new_bufs_)
       set(made.values.ptr(), names().momentum_buffer, py::reinterpret_steal<py::object>(THPVariable_Wrap(made.buf)));
@@ -134,6 +144,7 @@ class Walk {
 
   void forget() {
     reader_.clear();
+    rows_.clear();
     params_.clear();
     steps_.clear();
     rescaled_.clear();
@@ -168,7 +179,7 @@ class Walk {
     }
     if (!steps) return;
 
-    if (reader_.flag(required(group, key.capturable))) py::module_::import("texp.backends").attr("check_capturable")();
+    if (reader_.flag(required(group, key.capturable))) py::module_::import("texp.backends").attr("check_capturable")("reference");
     const Hyperparameters h = reader_.hyperparameters(group, index);
     const StoredScale stored(group);
     const Scale scale = reader_.scale(stored, index);
@@ -197,14 +208,14 @@ class Walk {
       if (advanced.step.growth == 1) return;
       Row<double> row{};
       row.s_p = std::pow(advanced.step.growth, power);
-      const int32_t added = plan_.add_row(row);
+      const int32_t added = rows_.add(row);
       const Param param{stat, static_cast<bool>(THPVariable_CheckExact(stat)), nullptr, nullptr};
       if (take(param, false, added)) left_.push_back({index, {}, added, param, false});
     });
   }
 
   int32_t row_of(int32_t& index, const Row<double>& row) {
-    if (index < 0) index = plan_.add_row(row);
+    if (index < 0) index = rows_.add(row);
     return index;
   }
 
@@ -213,23 +224,25 @@ class Walk {
       return {"the parameter", "is stepped under a TorchDispatchMode, which is to see what happens to it"};
     if (!param.exact) return {"the parameter", "is a subclass of torch.Tensor"};
     const at::Tensor& p = THPVariable_Unpack(param.object);
+    Plan* plan = plan_of(p.device());
+    if (plan == nullptr) return {"the parameter", "is on a device whose kernel is not asked for or cannot be used here"};
     if (param.buf != nullptr) {
       if (!THPVariable_CheckExact(param.buf)) return {"its momentum buffer", "is not a torch.Tensor"};
-      return plan_.take(p, param.grad, &THPVariable_Unpack(param.buf), row);
+      return plan->take(p, param.grad, &THPVariable_Unpack(param.buf), row);
     }
-    if (!starts) return plan_.take(p, param.grad, nullptr, row);
+    if (!starts) return plan->take(p, param.grad, nullptr, row);
     if (const char* why = unwritable(p)) return {"the parameter", why};
     if (const char* why = unsupported(*param.grad)) return {"its gradient", why};
     const c10::InferenceMode normal(false);
     const at::Tensor buf = at::zeros_like(p);
-    const Refusal refusal = plan_.take(p, param.grad, &buf, row);
+    const Refusal refusal = plan->take(p, param.grad, &buf, row);
     if (!refusal) new_bufs_.push_back({param.object, buf, {}});
     return refusal;
   }
 
   void hold() {
     held_ = true;
-    plan_.hold();
+    for_each_plan([](Plan& plan) { plan.hold(); });
     const auto keep = [&](PyObject* object) { objects_.push_back(py::reinterpret_borrow<py::object>(object)); };
     for (const Rescaled& r : rescaled_) keep(r.stored.group);
     for (const NewBuf& made : new_bufs_) keep(made.param);
@@ -240,8 +253,29 @@ class Walk {
     }
   }
 
+  template <class F>
+  void for_each_plan(F&& f) {
+    f(on_cpu_);
+    for (auto& plan : on_cuda_) f(*plan);
+  }
+
+  void clear_plans() {
+    for_each_plan([](Plan& plan) { plan.clear(); });
+  }
+
+  // Null: tensors there are not taken.
+  Plan* plan_of(c10::Device device) {
+    if (device.is_cpu()) return cpu_ ? &on_cpu_ : nullptr;
+    if (!device.is_cuda() || !cuda_) return nullptr;
+    for (auto& plan : on_cuda_)
+      if (plan->device() == device) return plan.get();
+    return on_cuda_.emplace_back(std::make_unique<Plan>(rows_, device)).get();
+  }
+
   Reader reader_;
-  Plan plan_;
+  Rows rows_;
+  Plan on_cpu_{rows_, c10::Device(c10::kCPU)};
+  std::vector<std::unique_ptr<Plan>> on_cuda_;
   std::vector<Param> params_;        // of one group
   std::vector<Advanced> steps_;      // groups in a row that stand at the same point share one
   std::vector<Rescaled> rescaled_;   // groups whose scale changes
@@ -249,6 +283,7 @@ class Walk {
   std::vector<Left> left_;           // what the kernel does not take
   std::vector<py::object> objects_;  // kept alive
   std::deque<at::Tensor> grads_of_left_;
+  bool cpu_ = true, cuda_ = true;
   bool watched_ = false;  // by a TorchDispatchMode
   bool held_ = false;     // whether everything is kept alive, so that Python code may run
 };

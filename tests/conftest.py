@@ -35,7 +35,7 @@ class Target:
         return texp.SGD(params, backend=self.backend, **arguments)
 
 
-DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",)}
+DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cuda",)}
 
 
 def targets() -> list:

@@ -67,10 +67,16 @@ def core(name: str | None):
     return None if name == "reference" else _C
 
 
-def check_capturable() -> None:
-    """Raises RuntimeError, with the reasons: no backend of this version can be captured in a graph."""
-    reasons = available()
-    raise RuntimeError(
-        "capturable=True was requested, but the other backends compute their rows on the host; "
-        f"'cuda': {reasons['cuda']}; 'triton': {reasons['triton']}"
-    )
+def kernels(name: str | None) -> tuple[bool, bool]:
+    """Whether backend=`name` uses the kernel of the CPU, and that of CUDA devices."""
+    return name in (None, "cpu"), name in (None, "cuda") and available()["cuda"] == OK
+
+
+def check_capturable(name: str | None) -> None:
+    """Raises RuntimeError, with the reasons, unless steps by backend=`name` can be captured in a graph."""
+    if not kernels(name)[1]:
+        reasons = available()
+        raise RuntimeError(
+            "capturable=True was requested, but the other backends compute their rows on the host; "
+            f"'cuda': {reasons['cuda']}; 'triton': {reasons['triton']}"
+        )

@@ -11,6 +11,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.optim.sgd import sgd as torch_sgd
 
 from texp import backends, groups, plan, reference, theory
+from texp.on_device import OnDevice
 from texp.reference import Entry
 from texp.theory import Row, Scale
 
@@ -66,10 +67,6 @@ class SGD(torch.optim.Optimizer):
     other, by the reference backend.
     """
 
-    # Whether the last step() changed nothing because a GradScaler had found an inf or a NaN. (For a differentiable
-    # optimizer a GradScaler does not call step() at all then, and this stays as it was.)
-    step_was_skipped: bool = False
-
     def __init__(
         self,
         params,
@@ -105,8 +102,8 @@ class SGD(torch.optim.Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if differentiable and backend not in (None, "reference"):
             raise RuntimeError(f"backend={backend!r} was requested, but a differentiable step is torch's own")
-        self._core = backends.core(backend)
         self._backend = backend
+        self._find_kernels()
         super().__init__(
             params,
             {
@@ -123,6 +120,20 @@ class SGD(torch.optim.Optimizer):
                 "capturable": capturable,
             },
         )
+
+    def _find_kernels(self) -> None:
+        self._core = backends.core(self._backend)
+        self._on_cpu, self._on_cuda = backends.kernels(self._backend)
+        self._device: OnDevice | None = None  # P and κ, while they are there
+        self._skipped: bool | Tensor = False
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step() changed nothing because a GradScaler had found an inf or a NaN. On a CUDA device,
+        asking waits for it. (For a differentiable optimizer a GradScaler does not call step() at all then, and this
+        stays as it was.)
+        """
+        return bool(self._skipped)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -143,7 +154,7 @@ class SGD(torch.optim.Optimizer):
             if values["scale_invariant"] and self.defaults["differentiable"]:
                 raise ValueError("a scale_invariant group cannot be differentiable: its scale is not on the tape")
             if values["capturable"]:
-                backends.check_capturable()
+                backends.check_capturable(self._backend)
             params = param_group["params"]
             if not isinstance(params, (Tensor, set)):
                 params = param_group["params"] = list(params)  # may be a generator
@@ -153,6 +164,7 @@ class SGD(torch.optim.Optimizer):
                         "a scale_invariant group holds a parameter twice: its scale would be applied twice"
                     )
             param_group.update({key: values[key] for key in (*groups.SCALE_KEYS, "norm_stats")})
+        self._settle()
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -202,11 +214,13 @@ class SGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        self.step_was_skipped = found_inf is not None and bool(found_inf)
-        if self.step_was_skipped:
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self._on_cuda and self._step_on_device(scale, found_inf):
             return loss
-        scale = getattr(self, "grad_scale", None)
+        self._settle()
+        self._skipped = found_inf is not None and bool(found_inf)
+        if self._skipped:
+            return loss
         grad_scale = 1.0 if scale is None else float(scale)
         if not 0 < grad_scale < float("inf"):
             raise ValueError(f"grad_scale must be a finite number greater than 0, got {grad_scale}")
@@ -216,9 +230,44 @@ class SGD(torch.optim.Optimizer):
             plan.step(self.param_groups, self.state, grad_scale)
         else:
             rest = plan.Rest(self._backend, self.param_groups, self.state)
-            if self._core.step(self.param_groups, self.state, grad_scale, rest.check):
+            if self._core.step(self.param_groups, self.state, grad_scale, rest.check, self._on_cpu, self._on_cuda):
                 rest.do()
         return loss
+
+    def _step_on_device(self, scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Takes a step of which the host does not know whether, or when, it is taken, if this is one: it may be
+        skipped, or is captured in a graph. Returns whether it did.
+        """
+        capturable = any(group["capturable"] for group in self.param_groups)
+        if not capturable and (found_inf is None or not found_inf.is_cuda):
+            return False
+        params = (p for group in self.param_groups for p in group["params"])
+        device = next((p.device for p in params if p.is_cuda), None)
+        why = "no parameter is on a CUDA device"
+        if device is not None:
+            if self._device is None or not self._device.is_of(self.param_groups, device):
+                if torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        "the first step of these groups cannot be captured: take one before the capture"
+                    )
+                self._settle()
+                self._device = OnDevice(self.param_groups, self.state, device)
+            scale, found_inf = (None if x is None else x.to(device, torch.float32) for x in (scale, found_inf))
+            of = self._device
+            why = self._core.step_on_device(
+                self.param_groups, self.state, of.states, of.started, of.ticket, scale, found_inf
+            )
+        if why is None:
+            self._skipped = False if found_inf is None else found_inf
+        elif capturable:
+            raise RuntimeError(f"capturable=True was requested, but {why}")
+        return why is None
+
+    def _settle(self) -> None:
+        """Brings P and κ back from the device, if they are there."""
+        if self._device is not None:
+            self._device.settle(self.state)
+            self._device = None
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
@@ -255,6 +304,7 @@ class SGD(torch.optim.Optimizer):
         Parameters, momentum buffers and norm_stats are modified in place (one rounding each); the scale starts
         again at P = 1, κ = 0. Training can go on, in the same form or as an ordinary group.
         """
+        self._settle()
         for group in self.param_groups:
             scale = groups.scale_of(group)
             groups.check_norm_stats(group["norm_stats"])
@@ -269,6 +319,7 @@ class SGD(torch.optim.Optimizer):
         """log10 of the paper's learning rate η̃ of the next step, one float a group (η̃ itself leaves the range
         of a float in long runs). For an ordinary group, log10 of its LR; −inf where the LR is 0.
         """
+        self._settle()
         return [
             theory.log10_lr(
                 groups.scale_of(group),
@@ -282,6 +333,7 @@ class SGD(torch.optim.Optimizer):
         """As any torch optimizer's, with P and κ among the groups' options; norm_stats belong to the model and
         are left out. torch.optim.SGD can load it after :meth:`fold`.
         """
+        self._settle()
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group["norm_stats"] = None  # the key stays: flattened checkpoints are read back key by key
@@ -297,6 +349,7 @@ class SGD(torch.optim.Optimizer):
 
         Raises ValueError where groups, shapes or scales do not fit; the optimizer is then unchanged.
         """
+        self._settle()
         # Registered last, it sees what other hooks made of the state dict.
         hook = self.register_load_state_dict_pre_hook(groups.prepare_loading)
         try:
@@ -305,12 +358,13 @@ class SGD(torch.optim.Optimizer):
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         return {**super().__getstate__(), "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called when unpickled, and by torch's load_state_dict."""
         super().__setstate__(state)
-        self._core = backends.core(self._backend)
+        self._find_kernels()
         for group in self.param_groups:
             for key, value in (*groups.TORCH_DEFAULTS.items(), *groups.SCALE_KEYS.items()):
                 group.setdefault(key, value)

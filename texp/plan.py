@@ -42,7 +42,7 @@ def step(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad_scal
 
 def _plan(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scale: float) -> Plan:
     if group["capturable"]:
-        backends.check_capturable()
+        backends.check_capturable("reference")
     groups.check_step(index, group)
     hyper = groups.hyperparameters(group)
     entries = [Entry(p, p.grad, buf_of(state, p)) for p in group["params"]]

@@ -1,0 +1,204 @@
+// A step of groups whose P and κ are in device memory: as Walk, but the rows are computed by the kernel, so that a skipped
+// step, or the replay of a captured one, needs no word from the host.
+#pragma once
+
+#include <ATen/NativeFunctions.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda.h"
+#include "groups.h"
+#include "launch.h"
+#include "plan.h"
+
+namespace texp {
+
+#if defined(TEXP_WITH_CUDA)
+
+// What lives on the device between steps.
+struct OnDevice {
+  at::Tensor states;   // float64 [groups, 4]: cuda::State
+  at::Tensor started;  // uint8 [parameters of all groups]
+  at::Tensor ticket;   // int32 [1]
+};
+
+class DeviceWalk {
+ public:
+  DeviceWalk(const OnDevice& on_device, bool capturing)
+      : on_device_(on_device), capturing_(capturing), plan_(rows_, on_device.states.device()) {
+    reader_.careful = true;
+  }
+
+  // Walks over the groups and changes nothing. Returns why the step cannot be taken in this way, or null.
+  const char* walk(const py::list& groups, const py::dict& state) {
+    int32_t slot = 0;
+    for (Py_ssize_t index = 0; index < PyList_GET_SIZE(groups.ptr()); ++index)
+      if (const char* why = walk_group(index, PyList_GET_ITEM(groups.ptr(), index), state.ptr(), slot)) return why;
+    if (groups_.size() > UINT16_MAX) return "there are more than 65,535 groups";
+    if (plan_.has_shared_memory()) return "parameters, buffers or norm_stats share memory";
+    plan_.hold();
+    for (NewBuf& made : new_bufs_) {
+      made.values = state[py::handle(made.param)];
+      if (!PyDict_Check(made.values.ptr())) throw py::type_error("optimizer.state must hold a dict for each parameter");
+    }
+    return nullptr;
+  }
+
+  // grad_scale, found_inf: float32 on the device; null: none.
+  void run(const at::Tensor* grad_scale, const at::Tensor* found_inf) {
+    if (tensors_.empty()) return;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const cuda::Tensor from = as_cuda(plan_.items()[i]);
+      cuda::Tensor& to = tensors_[i];
+      to.p = from.p;
+      if (to.kind == cuda::Kind::parameter) to.g = from.g;
+      to.b = from.b;
+      to.numel = from.numel;
+      to.dtypes = from.dtypes;
+    }
+    const cuda::Device device{
+        .grad_scale = grad_scale == nullptr ? nullptr : grad_scale->const_data_ptr<float>(),
+        .found_inf = found_inf == nullptr ? nullptr : found_inf->const_data_ptr<float>(),
+        .started = on_device_.started.mutable_data_ptr<uint8_t>(),
+        .ticket = reinterpret_cast<uint32_t*>(on_device_.ticket.mutable_data_ptr<int32_t>()),
+    };
+    const c10::DeviceIndex index = plan_.device().index();
+    raise_if(texp_cuda_step(index, current_stream(index), tensors_.data(), static_cast<int64_t>(tensors_.size()), nullptr,
+                            groups_.data(), &device));
+    plan_.write_back();
+    plan_.bump_versions();
+    for (const NewBuf& made : new_bufs_)
+      set(made.values.ptr(), names().momentum_buffer, py::reinterpret_steal<py::object>(THPVariable_Wrap(made.buf)));
+  }
+
+ private:
+  struct NewBuf {
+    PyObject* param;
+    at::Tensor buf;
+    py::object values;  // optimizer.state[param]
+  };
+
+  const char* walk_group(Py_ssize_t index, PyObject* group, PyObject* state, int32_t& slot) {
+    const Names& key = names();
+    reader_.hold(group);
+    PyObject* list = reader_.hold(required(group, key.params));
+    if (!PyList_Check(list) && !PyTuple_Check(list)) throw py::type_error("group['params'] must be a list");
+    std::vector<Param> params;
+    bool steps = false, all = true;
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
+      params.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
+      steps = steps || params.back().has_grad();
+      all = all && params.back().has_grad();
+    }
+    const int32_t first_slot = std::exchange(slot, slot + static_cast<int32_t>(params.size()));
+    if (capturing_) {
+      if (!reader_.flag(required(group, key.capturable))) return "a group has capturable=False";
+      if (!all) return "a parameter has no gradient: replays would go on without it";
+    }
+    if (!steps) return nullptr;
+
+    cuda::Group made{};
+    bool has_momentum = true;
+    if (const char* why = read_numbers(group, index, made, has_momentum)) return why;
+    made.nesterov = reader_.flag(required(group, key.nesterov));
+    made.maximize = reader_.flag(required(group, key.maximize));
+    made.scale_invariant = reader_.flag(required(group, key.scale_invariant));
+    made.state = reinterpret_cast<cuda::State*>(on_device_.states.mutable_data_ptr<double>()) + index;
+    const Scale known = reader_.scale(StoredScale(group), index);  // when the state was last on the host
+    const bool ordinary = !made.scale_invariant && known.P == 1 && known.kappa == 0;
+    groups_.push_back(made);
+
+    for (size_t i = 0; i < params.size(); ++i) {
+      Param& param = params[i];
+      if (!param.has_grad() && ordinary) continue;
+      if (has_momentum || !ordinary) param.buf = reader_.buffer(state, param);
+      if (const char* why = take(param, has_momentum)) return why;
+      push(cuda::Kind::parameter, first_slot + static_cast<int32_t>(i), 0);
+    }
+    const char* wrong = nullptr;
+    if (!ordinary) {
+      reader_.norm_stats(group, index, [&](PyObject* stat, double power) {
+        if (!THPVariable_CheckExact(stat) || !on_this_device(THPVariable_Unpack(stat)) ||
+            plan_.take(THPVariable_Unpack(stat), nullptr, nullptr, kUnknownRow)) {
+          wrong = "norm_stats are not plain tensors on its device";
+        } else {
+          push(cuda::Kind::statistic, 0, power);
+        }
+      });
+    }
+    return wrong;
+  }
+
+  // Numbers that are tensors on the device are read there when the step runs.
+  const char* read_numbers(PyObject* group, Py_ssize_t index, cuda::Group& made, bool& has_momentum) {
+    const Names& key = names();
+    PyObject* const keys[] = {key.lr, key.momentum, key.dampening, key.weight_decay};
+    cuda::Number* const numbers[] = {&made.lr, &made.momentum, &made.dampening, &made.weight_decay};
+    for (int i = 0; i < 4; ++i) {
+      PyObject* value = reader_.hold(required(group, keys[i]));
+      if (THPVariable_CheckExact(value) && THPVariable_Unpack(value).is_cuda()) {
+        const at::Tensor& t = THPVariable_Unpack(value);
+        const bool wide = t.scalar_type() == at::kDouble;
+        if (t.numel() != 1 || !on_this_device(t) || (!wide && t.scalar_type() != at::kFloat))
+          return "a hyperparameter is not a float32 or float64 tensor of one element on its device";
+        made.in[i] = wide ? cuda::Number::In::float64 : cuda::Number::In::float32;
+        numbers[i]->at = t.const_data_ptr();
+      } else {
+        made.in[i] = cuda::Number::In::host;
+        numbers[i]->value = reader_.number(value);
+        Reader::check_number(index, keys[i], numbers[i]->value);
+        if (i == 1) has_momentum = numbers[i]->value != 0;
+      }
+    }
+    return nullptr;
+  }
+
+  bool on_this_device(const at::Tensor& t) const { return t.device() == plan_.device(); }
+
+  const char* take(const Param& param, bool has_momentum) {
+    if (!param.exact || !on_this_device(THPVariable_Unpack(param.object)))
+      return "a parameter is not a plain tensor on its device";
+    const at::Tensor& p = THPVariable_Unpack(param.object);
+    if (param.buf != nullptr) {
+      if (!THPVariable_CheckExact(param.buf)) return "a momentum buffer is not a plain tensor";
+      return plan_.take(p, param.grad, &THPVariable_Unpack(param.buf), kUnknownRow).why;
+    }
+    if (!has_momentum || !param.has_grad()) return plan_.take(p, param.grad, nullptr, kUnknownRow).why;
+    // Memory made in a capture would be set to 0 again by each replay.
+    if (capturing_) return "a parameter has no momentum buffer yet; take a step before the capture";
+    if (const char* why = unwritable(p)) return why;
+    const c10::InferenceMode normal(false);
+    const at::Tensor buf = at::zeros_like(p);
+    const Refusal refusal = plan_.take(p, param.grad, &buf, kUnknownRow);
+    if (!refusal) new_bufs_.push_back({param.object, buf, {}});
+    return refusal.why;
+  }
+
+  void push(cuda::Kind kind, int32_t slot, double power) {
+    cuda::Tensor t{};
+    if (kind == cuda::Kind::statistic) t.power = power;
+    t.slot = slot;
+    t.source = static_cast<uint16_t>(groups_.size() - 1);
+    t.kind = kind;
+    tensors_.push_back(t);
+  }
+
+  const OnDevice on_device_;
+  const bool capturing_;
+  Reader reader_;
+  Rows rows_;  // none
+  Plan plan_;
+  std::vector<cuda::Tensor> tensors_;
+  std::vector<cuda::Group> groups_;
+  std::vector<NewBuf> new_bufs_;
+};
+
+#endif
+
+}  // namespace texp

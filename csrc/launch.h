@@ -1,0 +1,60 @@
+// Giving a plan to the CUDA kernel.
+#pragma once
+
+#include <c10/core/Device.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda.h"
+#include "plan.h"
+
+namespace texp {
+
+#if defined(TEXP_WITH_CUDA)
+
+// The stream that torch is using on a device. Asked of Python, so that the core does not need a CUDA build of torch.
+inline void* current_stream(c10::DeviceIndex device) {
+  static const py::object ask = py::module_::import("torch._C").attr("_cuda_getCurrentRawStream");
+  return reinterpret_cast<void*>(ask(device).cast<uintptr_t>());
+}
+
+inline void raise_if(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("the CUDA kernel of texp could not be launched: ") + error);
+}
+
+inline cuda::Tensor as_cuda(const Item& item) {
+  cuda::Tensor t{};
+  t.p = item.p;
+  t.g = item.g;
+  t.b = item.b;
+  t.numel = item.numel;
+  t.source = static_cast<uint16_t>(item.row);
+  t.dtypes = static_cast<uint8_t>(static_cast<int>(item.dtype) + 16 * static_cast<int>(item.b_dtype));
+  return t;
+}
+
+inline void launch(Plan& plan, const Rows& rows) {
+  if (plan.items().empty()) return;
+  if (rows.wide.size() > UINT16_MAX) throw std::runtime_error("a step on a CUDA device takes at most 65,535 different rows");
+  const c10::DeviceIndex device = plan.device().index();
+  void* stream = current_stream(device);
+  if (texp_cuda_is_capturing(stream))
+    throw std::runtime_error("a step with capturable=False cannot be captured in a graph: its rows are computed on the host");
+  std::vector<cuda::Tensor> tensors;
+  tensors.reserve(plan.items().size());
+  for (const Item& item : plan.items()) tensors.push_back(as_cuda(item));
+  raise_if(texp_cuda_step(device, stream, tensors.data(), static_cast<int64_t>(tensors.size()), rows.wide.data(), nullptr,
+                          nullptr));
+  plan.write_back();
+}
+
+#else
+
+inline void launch(Plan&, const Rows&) {}
+
+#endif
+
+}  // namespace texp
