@@ -68,8 +68,10 @@ def core(name: str | None):
 
 
 def kernels(name: str | None) -> tuple[bool, bool]:
-    """Whether backend=`name` uses the kernel of the CPU, and that of CUDA devices."""
-    return name in (None, "cpu"), name in (None, "cuda") and available()["cuda"] == OK
+    """Whether backend=`name` uses the kernel of the CPU, and that of CUDA devices. The latter has to be asked for: it
+    has not run on a GPU yet.
+    """
+    return name in (None, "cpu"), name == "cuda"
 
 
 def check_capturable(name: str | None) -> None:

@@ -1,5 +1,5 @@
-"""P and κ of all groups in the memory of a CUDA device, for steps that the host does not follow: those that a GradScaler
-may skip, and replays of a captured graph. csrc/device_walk.h takes such steps, csrc/cuda.h has the layout.
+"""P and κ of all groups in the memory of a CUDA device, for steps that the host does not follow: those that a
+GradScaler may skip, and replays of a captured graph. csrc/device_walk.h takes such steps, csrc/cuda.h has the layout.
 """
 
 from collections.abc import Iterable

@@ -37,10 +37,11 @@ class SGD(torch.optim.Optimizer):
         scale_invariant: the loss must not change when all parameters of the group are multiplied by the same
             number c > 0. Their weight decay is then traded for a growing LR. Default False; usually set per
             group.
-        backend: "reference", "cpu", "cuda" or "triton"; None, the default, takes the best one available. One
-            that is named never falls back.
-        capturable: keep schedule state on the device, for CUDA graphs. Default False; no backend of this version
-            can, so True is refused.
+        backend: "reference", "cpu", "cuda" or "triton"; None, the default, takes the best one available, except
+            "cuda", which has to be named for now. One that is named never falls back.
+        capturable: keep P and κ on the CUDA device, so that a step captured in a graph replays the schedule.
+            Hyperparameters may then be float32 or float64 tensors on the device; others are those of the
+            capture. Take a step before the capture. Needs backend="cuda"; default False.
 
     In a scale-invariant group the parameters hold Pθ, where θ are the weights that torch.optim.SGD would hold,
     and the momentum buffers (v − κθ)/P; `group["scale"]` is P, kept in [1, 2), `group["carried_decay"]` is κ.
@@ -52,6 +53,9 @@ class SGD(torch.optim.Optimizer):
     where the input of a BatchNorm grows as P^d, its running mean with power d and its running variance with 2·d.
     Each step multiplies them by the change of P^power. Give them after the model is on its device and in its
     dtype: ``model.to`` replaces its buffers.
+
+    With backend="cuda", P and κ are on the device while steps are captured or may be skipped by a GradScaler, and
+    what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr` and :meth:`state_dict`.
 
     A step modifies in place: parameters, momentum buffers, norm_stats. It never writes to a gradient. Under a
     GradScaler it unscales the gradients while reading them; where the scaler found an inf or a NaN, nothing at
