@@ -1,19 +1,20 @@
 # make demo | test | lint, each from nothing but Python: they set up a virtual environment first.
-# VENV=… uses another one, which may exist already; TEXP_NATIVE as in setup.py.
+# VENV=… uses another one, which may exist already; TEXP_NATIVE and TEXP_CUDA as in setup.py.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export TEXP_NATIVE ?= auto
+export TEXP_CUDA ?= auto
 export PATH := $(abspath $(BIN)):$(PATH)
 
 ifneq ($(words $(VENV)),1)
 $(error VENV must name one folder, without spaces; got '$(VENV)')
 endif
 
-# For which environment and with which TEXP_NATIVE this checkout was last set up. There is one such file at a time, as
+# For which environment and with which parts this checkout was last set up. There is one such file at a time, as
 # there is one core in the checkout: anything else sets up again, as does a change of what is installed.
-READY := .ready-$(TEXP_NATIVE)-$(subst /,-,$(VENV))
+READY := .ready-$(TEXP_NATIVE)-$(TEXP_CUDA)-$(subst /,-,$(VENV))
 
 .PHONY: demo test lint sanitize clean
 

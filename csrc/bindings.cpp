@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "device_walk.h"
@@ -102,6 +103,14 @@ void apply(const py::tuple& row, const py::iterable& entries) {
   plan.bump_versions();
 }
 
+#ifdef TEXP_WITH_CUDA
+std::pair<int, const char*> cuda_devices() {
+  const char* error = nullptr;
+  const int count = texp_cuda_devices(&error);
+  return {count, error};
+}
+#endif
+
 }  // namespace
 }  // namespace texp
 
@@ -118,4 +127,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_variants", &texp::cpu_variants);
   module.def("use_cpu_variant", &texp::use_cpu_variant, py::arg("name"));
   module.def("apply", &texp::apply, py::arg("row"), py::arg("entries"));
+#ifdef TEXP_WITH_CUDA
+  module.attr("with_cuda") = true;
+  module.def("cuda_devices", &texp::cuda_devices, py::call_guard<py::gil_scoped_release>(),
+             "How many there are, or -1, and then why there is none. Loads the driver; makes no context.");
+#else
+  module.attr("with_cuda") = false;
+#endif
 }
