@@ -264,7 +264,7 @@ class TestErrors:
         "nan lr": ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
         "infinite decay": ({"weight_decay": math.inf}, ValueError, "Invalid weight_decay value: inf"),
         "unknown backend": ({"backend": "cudnn"}, ValueError, "one of 'cuda', 'triton', .*, got 'cudnn'"),
-        "missing backend": ({"backend": "cuda"}, RuntimeError, "backend='cuda' was requested, but .* no CUDA kernel"),
+        "missing backend": ({"backend": "triton"}, RuntimeError, "'triton' was requested, but .* no Triton kernel"),
         "capturable": ({"capturable": True}, RuntimeError, "capturable=True was requested, but the other"),
         "differentiable": (
             {"differentiable": True, "backend": "cpu"}, RuntimeError, "backend='cpu' .* differentiable step is torch"

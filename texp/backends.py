@@ -3,18 +3,24 @@
 Backends for the tensors of one device share a step: each tensor goes to the best that can take it.
 """
 
+import functools
 import importlib
 import importlib.machinery
 import os
 from types import ModuleType
 
-import torch  # noqa: F401  (its libraries before those of the core)
+import torch  # also: its libraries before those of the core
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # in the order in which they are preferred
 
 OK = "ok"
 
 REINSTALL = "reinstall with TEXP_NATIVE=1 pip install --no-build-isolation ."
+
+# Delete this, and return OK in _cuda instead, when the host side calls the kernel.
+UNCONNECTED = "this version of texp does not call its CUDA kernel yet"
+
+NO_TRITON = "this version of texp has no Triton kernel (texp.kernels)"
 
 
 def _import(name: str) -> ModuleType | None:
@@ -34,22 +40,48 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the C++ core was built but does not load: {error}; {REINSTALL}"
     if core is not None:
         return core, OK
-    build = _import("_build")  # written by setup.py
-    reason = "texp is run from sources that were not installed" if build is None else build.NO_CORE
-    return None, f"the C++ core was not built: {reason}; {REINSTALL}"
+    return None, f"the C++ core was not built: {_left_out('NO_CORE')}; {REINSTALL}"
+
+
+def _left_out(part: str) -> str:
+    """Why setup.py left out a part: NO_CORE or NO_CUDA."""
+    return getattr(_import("_build"), part, "") or "texp is run from sources that were not installed"
 
 
 _C, _CORE = _load()
 
 
+# Only when the reason is asked for: it loads the driver, after which a forked process can use no GPU.
+@functools.cache
+def _cuda_devices() -> tuple[int, str | None]:
+    return _C.cuda_devices()
+
+
+def _cuda() -> str:
+    if _C is None:
+        return _CORE
+    if not _C.with_cuda:
+        reinstall = REINSTALL.replace("TEXP_NATIVE", "TEXP_CUDA")
+        return f"the CUDA kernel was not built: {_left_out('NO_CUDA')}; {reinstall}"
+    devices, error = _cuda_devices()
+    if devices < 1:
+        return f"the CUDA kernel was built, but no device: {error or 'CUDA sees none'}"
+    if torch.version.cuda is None:
+        return f"the CUDA kernel was built, but torch {torch.__version__} was not: it has no CUDA tensors"
+    return UNCONNECTED
+
+
+_REASONS = {
+    "cuda": _cuda,
+    "triton": lambda: NO_TRITON,
+    "cpu": lambda: _CORE,
+    "reference": lambda: OK,
+}
+
+
 def available() -> dict[str, str]:
     """For each backend "ok", or the reason why it cannot be used here."""
-    return {
-        "cuda": "this version of texp has no CUDA kernel",
-        "triton": "this version of texp has no Triton kernel (texp.kernels)",
-        "cpu": _CORE,
-        "reference": OK,
-    }
+    return {name: _REASONS[name]() for name in NAMES}
 
 
 def core(name: str | None):
@@ -60,8 +92,8 @@ def core(name: str | None):
     """
     if name is not None and name not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {name!r}")
-    reasons = available()
-    if name is not None and reasons[name] != OK:
+    if name is not None and _REASONS[name]() != OK:
+        reasons = available()
         usable = ", ".join(repr(other) for other in NAMES if reasons[other] == OK)
         raise RuntimeError(f"backend={name!r} was requested, but {reasons[name]}; available here: {usable}")
     return None if name == "reference" else _C

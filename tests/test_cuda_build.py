@@ -1,0 +1,227 @@
+"""The CUDA kernel without a GPU: how it is built or left out, and what nvcc makes of it."""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import texp
+from tests.test_package import ROOT, copy_of_the_sources, environment
+from texp import backends
+
+HOME = os.environ.get("CUDA_HOME")
+FOLDERS = [f"{HOME}/bin"] if HOME else [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+NVCC = shutil.which("nvcc", path=os.pathsep.join(FOLDERS))  # as setup.py finds it
+
+
+def fake_nvcc(home: Path, says: str) -> str:
+    """A CUDA_HOME whose nvcc has a runtime, but compiles nothing."""
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(
+        f'#!/bin/sh\nif [ "$1" = --dryrun ]; then echo \'#$ LIBRARIES=  "-L{home}"\' >&2; else {says}; exit 1; fi\n'
+    )
+    nvcc.chmod(0o755)
+    return str(home)
+
+
+WITHOUT_NVCC = ({"CUDA_HOME": "/nowhere"}, "there is no nvcc in CUDA_HOME=/nowhere")
+ASKED = "TEXP_CUDA=1 asks for the CUDA kernel, but"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"TEXP_CUDA": "yes"}, "TEXP_CUDA must be auto, 1 or 0, got 'yes'"),
+        ({"TEXP_CUDA_ARCHS": "8.0"}, "TEXP_CUDA_ARCHS must be like 80;90a;100+PTX, got '8.0'"),
+        ({"TEXP_CUDA": "1", **WITHOUT_NVCC[0]}, f"{ASKED} {WITHOUT_NVCC[1]}"),
+        (
+            {"TEXP_CUDA": "1", "TEXP_NATIVE": "0"},
+            f"{ASKED} there is no C++ core to call it: TEXP_NATIVE=0 left it out",
+        ),
+        ({"TEXP_CUDA": "1", "CUDA_HOME": "no runtime"}, "/bin/nvcc comes without libcudart_static.a"),
+        ({"TEXP_CUDA": "1", "CUDA_HOME": "no program"}, "/bin/nvcc does not run: Exec format error"),
+        ({"TEXP_CUDA": "1", "CUDA_HOME": "fails"}, f"{ASKED} compiling it failed: nvcc fatal : so it is"),
+    ],
+    ids=["unknown", "architectures", "no nvcc", "no core", "no runtime", "no program", "compiling fails"],
+)
+def test_a_build_that_is_refused(tmp_path, changes, message):
+    sources = copy_of_the_sources(tmp_path / "sources")
+    for name in ("no runtime", "no program", "fails"):
+        fake_nvcc(tmp_path / name, "echo first; echo 'nvcc fatal : so it is'; echo last")
+    (tmp_path / "fails" / "libcudart_static.a").touch()
+    (tmp_path / "no program" / "bin" / "nvcc").write_bytes(b"\x7fELF")
+    home = changes.get("CUDA_HOME", "/")
+    changes = changes | {"CUDA_HOME": home if home.startswith("/") else str(tmp_path / home)}
+    command = [sys.executable, "setup.py", "-q", "build"]
+    done = subprocess.run(command, cwd=sources, env=environment(**changes), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"TEXP_CUDA": "0"}, "TEXP_CUDA=0 left it out"), WITHOUT_NVCC],
+    ids=["off", "no nvcc"],
+)
+def test_why_it_was_left_out_is_recorded(tmp_path, changes, reason):
+    sources = copy_of_the_sources(tmp_path / "sources")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(command, cwd=sources, env=environment(**changes), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    announced = f"texp: installing without the CUDA kernel: {reason}"
+    assert (announced in done.stderr) == (changes.get("TEXP_CUDA") != "0")
+    recorded: dict = {}
+    exec((tmp_path / "lib" / "texp" / "_build.py").read_text(), recorded)
+    assert recorded["NO_CUDA"] == reason
+
+
+@pytest.mark.slow
+def test_a_kernel_that_does_not_compile_leaves_the_core(tmp_path):
+    if backends.core(None) is None:
+        pytest.skip(backends.available()["cpu"])
+    sources, lib = copy_of_the_sources(tmp_path / "sources"), tmp_path / "lib"
+    home = fake_nvcc(tmp_path / "cuda", "echo 'nvcc fatal : so it is'")
+    (tmp_path / "cuda" / "libcudart_static.a").touch()
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(lib)]
+    subprocess.run(command, cwd=sources, env=environment(CUDA_HOME=home), check=True, capture_output=True)
+    code = "from texp import backends; print(backends.available())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=lib, env=environment(), check=True, capture_output=True, text=True
+    )
+    reasons = ast.literal_eval(done.stdout)
+    assert reasons["cpu"] == "ok"
+    assert "the CUDA kernel was not built: compiling it failed: nvcc fatal : so it is; " in reasons["cuda"]
+
+
+def devices(count: int, error: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(with_cuda=True, cuda_devices=lambda: (count, error))
+
+
+class TestTheReason:
+    """Why backend="cuda" cannot be used."""
+
+    @pytest.fixture(autouse=True)
+    def _afresh(self):
+        backends._cuda_devices.cache_clear()
+        yield
+        backends._cuda_devices.cache_clear()
+
+    CASES = {
+        "not built": (
+            SimpleNamespace(with_cuda=False), "13.0",
+            "the CUDA kernel was not built: so it was; reinstall with TEXP_CUDA=1 pip install --no-build-isolation .",
+        ),
+        "no driver": (devices(-1, "no driver"), "13.0", "the CUDA kernel was built, but no device: no driver"),
+        "no device": (devices(0), "13.0", "the CUDA kernel was built, but no device: CUDA sees none"),
+        "torch": (devices(1), None, "the CUDA kernel was built, but torch .* was not: it has no CUDA tensors"),
+        "not yet": (devices(1), "13.0", backends.UNCONNECTED),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_of_a_core(self, monkeypatch, case):
+        core, cuda, message = self.CASES[case]
+        monkeypatch.setattr(backends, "_C", core)
+        monkeypatch.setattr(backends.torch.version, "cuda", cuda)
+        monkeypatch.setattr(backends, "_import", lambda name: SimpleNamespace(NO_CUDA="so it was"))
+        with pytest.raises(RuntimeError, match=f"backend='cuda' was requested, but {message}"):
+            backends.core("cuda")
+
+    def test_without_the_core(self, monkeypatch):
+        monkeypatch.setattr(backends, "_C", None)
+        monkeypatch.setattr(backends, "_CORE", "the C++ core was not built: so it was")
+        assert backends.available()["cuda"] == "the C++ core was not built: so it was"
+
+    @pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+    def test_is_not_looked_for_by_other_backends(self, monkeypatch, backend):
+        """To ask CUDA is slow, and forked processes could no longer use it."""
+        if backend == "cpu" and backends.core(None) is None:
+            pytest.skip(backends.available()["cpu"])
+        monkeypatch.setitem(backends._REASONS, "cuda", lambda: pytest.fail("CUDA was asked"))
+        texp.SGD([backends.torch.nn.Parameter(backends.torch.ones(3))], lr=0.1, backend=backend)
+
+
+@pytest.mark.nvcc
+def test_the_core_links_it():
+    core = backends.core(None)
+    if core is None:
+        pytest.skip(backends.available()["cpu"])
+    if not core.with_cuda:
+        reason = backends.available()["cuda"]
+        assert os.environ.get("TEXP_CUDA") != "1"
+        assert "compiling it failed" not in reason
+        pytest.skip(reason)
+    count, error = core.cuda_devices()
+    assert (count >= 0) == (error is None)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """For each architecture the machine code and what ptxas says of it."""
+    if NVCC is None:
+        pytest.skip(f"there is no nvcc in {', '.join(FOLDERS)}")
+    flags = ast.literal_eval(re.search(r"^CUDA_FLAGS = (.*)", (ROOT / "setup.py").read_text(), re.MULTILINE)[1])
+    made = {}
+    for arch in ("sm_80", "sm_90a", "sm_100"):
+        cubin = tmp_path_factory.mktemp("cubins") / f"{arch}.cubin"
+        command = [NVCC, *flags, "-cubin", f"-arch={arch}", "-Xptxas", "-v", "csrc/step_cuda.cu", "-o", str(cubin)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr
+        made[arch] = cubin, done.stderr
+    return made
+
+
+@pytest.fixture(scope="session")
+def instructions(compiled) -> dict[tuple[str, str], list[str]]:
+    """For each architecture and kernel the operations that touch memory, as in LDG.E.128."""
+    found = importlib.util.find_spec("triton")
+    folders = [os.environ.get("PATH", os.defpath)]
+    folders += [f"{folder}/backends/nvidia/bin" for folder in (found.submodule_search_locations if found else ())]
+    tools = [["nvdisasm", "-c"], ["cuobjdump", "-sass"]]
+    commands = [[shutil.which(tool, path=path), option] for path in folders for tool, option in tools]
+    command = next((command for command in commands if command[0]), None)
+    if command is None:
+        pytest.skip("there is no nvdisasm and no cuobjdump in PATH or in the package triton")
+    made = {}
+    for arch, (cubin, _) in compiled.items():
+        done = subprocess.run([*command, str(cubin)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        _, *parts = re.split(r"^\s*(?://-+ \.text\.|Function : )(\S+).*$", done.stdout, flags=re.MULTILINE)
+        for name, code in zip(parts[::2], parts[1::2], strict=True):
+            if "step_kernel" in name:
+                made[arch, name] = re.findall(r"\b(?:LD|ST)[GL]?(?:\.[A-Z0-9_]+)*\b(?= )", code)
+    assert len(made) == 4 * len(compiled)
+    return made
+
+
+@pytest.mark.nvcc
+class TestTheMachineCode:
+    """A table copied out of the kernel's arguments would be a stack frame, and loads and stores of local memory."""
+
+    def test_registers_and_stack(self, compiled):
+        for arch, (_, said) in compiled.items():
+            assert set(re.findall(r"(\d+) bytes (?:stack frame|spill)", said)) == {"0"}, arch
+            kernels = re.findall(r"Compiling entry function '(\S+)' .*?Used (\d+) registers", said, re.DOTALL)
+            assert len(kernels) == 4
+            for name, registers in kernels:
+                on_device = re.search(r"step_kernelILb([01])E", name)[1] == "1"
+                assert int(registers) <= (64 if on_device else 40), (arch, name)
+
+    def test_memory_is_global(self, instructions):
+        for kernel, used in instructions.items():
+            assert {name.split(".")[0] for name in used} == {"LDG", "STG"}, kernel
+
+    def test_float32_moves_16_bytes_at_once(self, instructions):
+        """p, g and b are loaded, p and b stored."""
+        for kernel, used in instructions.items():
+            wide = [name.split(".")[0] for name in used if name.endswith(".128")]
+            assert wide.count("LDG") >= 3, kernel
+            assert wide.count("STG") >= 2, kernel
