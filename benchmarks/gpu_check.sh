@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in less than eight minutes: benchmarks/gpu_check.sh OUT
+#
+# Builds texp in place with its CUDA kernel, runs the tests marked gpu, compute-sanitizer and the benchmark, and leaves
+# summary.json, step_time.csv, step_time.png and log.txt in the folder OUT. It installs nothing: what is not there is
+# called missing, and is no failure. Fails if a stage does. PYTHON names the interpreter.
+set -uo pipefail
+
+if [ $# -ne 1 ]; then
+  echo "usage: benchmarks/gpu_check.sh OUT" >&2
+  exit 2
+fi
+mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD TEXP_NATIVE=1 TEXP_CUDA=1
+log=$out/log.txt
+rm -f "$out"/{summary.json,step_time.csv,step_time.png,stages.txt}
+: >"$log"
+
+if ! "$python" -c 'import torch; torch.zeros(1, device="cuda")' >>"$log" 2>&1; then
+  echo "gpu_check.sh needs a GPU that torch can use, but $python says: $(tail -n 1 "$log")" >&2
+  exit 2
+fi
+
+has() { "$python" -c "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))" "$@"; }
+
+# note NAME RESULT SECONDS SAYS
+note() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$(tr '\t' ' ' <<<"$4")" >>"$out/stages.txt"; }
+
+missing() {
+  echo "$1: missing, $2"
+  note "$1" missing 0 "$2"
+}
+
+# stage NAME LIMIT COMMAND…: the limits add up to less than eight minutes.
+stage() {
+  local name=$1 limit=$2 start=$SECONDS lines status
+  shift 2
+  echo "$name …"
+  echo "=== $name: $*" >>"$log"
+  lines=$(wc -l <"$log")
+  timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
+  status=$?
+  if [ "$status" -eq 0 ]; then
+    note "$name" ok $((SECONDS - start)) "$(tail -n 1 "$log" | cut -c 1-80)"
+  else
+    tail -n "+$((lines + 1))" "$log" | tail -n 40
+    if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
+      note "$name" failed $((SECONDS - start)) "not done after $limit s"
+    else
+      note "$name" failed $((SECONDS - start)) "exit status $status"
+    fi
+  fi
+}
+
+# Some steps of every dtype, of sizes that fill no tile and no vector, at addresses that are not aligned.
+steps='
+import sys, torch, texp
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for scale_invariant in (False, True):
+        whole = [torch.randn(n + 1, device="cuda", dtype=dtype) for n in (1, 3, 1000, 4096, 10001)]
+        params = [torch.nn.Parameter(x[i % 2 :]) for i, x in enumerate(whole)]
+        arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "scale_invariant": scale_invariant}
+        optimizer = texp.SGD(params, backend=sys.argv[1], **arguments)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        assert all(p.isfinite().all() for p in params)
+torch.cuda.synchronize()
+'
+
+info='
+import texp
+from texp import backends
+print(texp.__file__, backends.available())
+assert backends._C.with_cuda, "the core has no CUDA kernel"
+devices, error = backends._C.cuda_devices()
+assert devices > 0, error
+print(devices, "CUDA device(s)")
+'
+
+if has setuptools; then
+  stage build 100 "$python" setup.py -q build_ext --inplace
+else
+  missing build "there is no setuptools"
+fi
+stage info 20 "$python" -c "$info"
+if has typer rich; then
+  "$python" -m texp info | tee -a "$log"
+fi
+
+if has pytest hypothesis; then
+  stage "tests marked gpu" 120 "$python" -m pytest -q -p no:cacheprovider -m gpu
+else
+  missing "tests marked gpu" "they need pytest and hypothesis"
+fi
+
+backend=$("$python" -c 'from texp.backends import available as a; print("cuda" if a()["cuda"] == "ok" else "reference")')
+for tool in memcheck racecheck; do
+  if command -v compute-sanitizer >/dev/null; then
+    stage "$tool, $backend" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -c "$steps" "$backend"
+  else
+    missing "$tool, $backend" "there is no compute-sanitizer"
+  fi
+done
+
+bench=("$python" benchmarks/step_time.py --device cuda --seconds 0.5 --csv "$out/step_time.csv")
+if ! has typer rich; then
+  missing benchmark "it needs typer and rich"
+elif has matplotlib; then
+  stage benchmark 110 "${bench[@]}" --plot "$out/step_time.png"
+else
+  stage benchmark 110 "${bench[@]}"
+  missing plot "it needs matplotlib"
+fi
+
+"$python" - "$out" <<'END'
+import json, subprocess, sys
+from pathlib import Path
+
+import torch
+
+
+def said(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+out = Path(sys.argv[1])
+stages = [dict(zip(("stage", "result", "seconds", "says"), line.split("\t")))
+          for line in (out / "stages.txt").read_text().splitlines()]
+for stage in stages:
+    stage["seconds"] = int(stage["seconds"])
+(out / "stages.txt").unlink()
+summary = {
+    "gpu": torch.cuda.get_device_name(),
+    "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    "torch": torch.__version__,
+    "cuda_of_torch": torch.version.cuda,
+    "nvcc": (said("nvcc", "--version") or "").rpartition("\n")[2] or None,
+    "python": sys.version.split()[0],
+    "commit": said("git", "rev-parse", "HEAD"),
+    "stages": stages,
+}
+(out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+print(*(f"{key}: {value}" for key, value in summary.items() if key != "stages"), sep="\n")
+for stage in stages:
+    print(f"{stage['stage']:20} {stage['result']:8} {stage['seconds']:4} s  {stage['says']}")
+sys.exit(any(stage["result"] == "failed" for stage in stages))
+END
