@@ -17,9 +17,6 @@ OK = "ok"
 
 REINSTALL = "reinstall with TEXP_NATIVE=1 pip install --no-build-isolation ."
 
-# Delete this, and return OK in _cuda instead, when the host side calls the kernel.
-UNCONNECTED = "this version of texp does not call its CUDA kernel yet"
-
 NO_TRITON = "this version of texp has no Triton kernel (texp.kernels)"
 
 
@@ -68,7 +65,7 @@ def _cuda() -> str:
         return f"the CUDA kernel was built, but no device: {error or 'CUDA sees none'}"
     if torch.version.cuda is None:
         return f"the CUDA kernel was built, but torch {torch.__version__} was not: it has no CUDA tensors"
-    return UNCONNECTED
+    return OK
 
 
 _REASONS = {

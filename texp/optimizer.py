@@ -180,22 +180,20 @@ class SGD(torch.optim.Optimizer):
         Returns what the closure returned, or None.
         """
         given = {} if closure is None else {"closure": closure}
+        return (self._untraced_step if torch.compiler.is_compiling() else self._hooked_step)(given)
+
+    step.hooked = True  # tells torch that step() itself sees to the hooks
+
+    def _hooked_step(self, given: dict[str, Any]) -> Any:
         try:
-            if torch.compiler.is_compiling():
-                return self._untraced_step(given)
-            return self._hooked_step(given)
+            # What torch wraps around a step, hooks and a record for the profiler, costs as much as a step of a small
+            # model: it is left out where nobody looks.
+            return self._observed_step(**given) if self._is_observed(given) else self._step(**given)
         except BaseException:
             # A GradScaler would take them away after the step; left here they would go into the next one.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
             raise
-
-    step.hooked = True  # tells torch that step() itself sees to the hooks
-
-    def _hooked_step(self, given: dict[str, Any]) -> Any:
-        # What torch wraps around a step, hooks and a record for the profiler, costs as much as a step of a small
-        # model: it is left out where nobody looks.
-        return self._observed_step(**given) if self._is_observed(given) else self._step(**given)
 
     # There is nothing in a step for torch.compile to fuse: it is one pass already, or plain torch.
     _untraced_step = torch._disable_dynamo(_hooked_step)
