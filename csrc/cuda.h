@@ -15,7 +15,8 @@ constexpr int kThreads = 256;
 
 enum class Kind : uint8_t {
   fixed,      // the row is given
-  parameter,  // the row is that of a tensor with, or without, a gradient in a group whose scale is on the device
+  stepping,   // the row is that of a tensor with a gradient in a group whose scale is on the device
+  idle,       // or without one
   statistic,  // multiplied by the growth of that scale, to a power
 };
 
@@ -28,13 +29,16 @@ struct Tensor {
   };
   void* b;  // modified in place; null: none
   int64_t numel;
-  int32_t slot;     // of a parameter: its place in Device::started
+  int32_t slot;     // of stepping and idle ones: the place in Device::started
   uint16_t source;  // of its row: an index into the rows, or into the groups
   Kind kind;
-  uint8_t dtypes;  // Dtype of p and g, and 16 times that of b
+  uint8_t bits;  // Dtype of p and g, 4 times that of b, and flags
 
-  TEXP_INLINE Dtype dtype() const { return static_cast<Dtype>(dtypes & 15); }
-  TEXP_INLINE Dtype b_dtype() const { return static_cast<Dtype>(dtypes >> 4); }
+  static constexpr uint8_t kBuffered = 16;  // it has a buffer, which is empty if b is null
+  static constexpr uint8_t kFresh = 32;     // one that has only just been made
+
+  TEXP_INLINE Dtype dtype() const { return static_cast<Dtype>(bits & 3); }
+  TEXP_INLINE Dtype b_dtype() const { return static_cast<Dtype>(bits >> 2 & 3); }
 };
 
 // A hyperparameter: given, or read from device memory when the step runs.
@@ -46,7 +50,7 @@ struct Number {
   };
 };
 
-// P and κ of a group, and whether any tensor of it has taken its first step, in device memory.
+// P and κ of a group, and whether any tensor of it has taken its first step with momentum, in device memory.
 struct State {
   double P, kappa;
   int64_t exponent, started;
@@ -58,14 +62,15 @@ struct Group {
   State* state;        // advanced when the step has been taken
   Number::In in[4];    // where the numbers are
   bool nesterov, maximize, scale_invariant;
-  bool ends;  // this launch holds the last of its tensors
+  bool unbuffered;  // no tensor of it had a buffer when the step was launched
+  bool ends;        // this launch holds the last of its tensors
 };
 
 // What steps with a scale on the device have in common. All in device memory.
 struct Device {
   const float* grad_scale;   // what the loss was multiplied by; null: 1
   const float* found_inf;    // not 0: nothing is changed; null: as 0
-  uint8_t* started;          // by slot: whether the tensor has taken its first step
+  uint8_t* started;          // by slot: whether the tensor has taken its first step with momentum
   uint32_t* ticket;          // 0 between steps
 };
 

@@ -57,10 +57,10 @@ class DeviceWalk {
       const cuda::Tensor from = as_cuda(plan_.items()[i]);
       cuda::Tensor& to = tensors_[i];
       to.p = from.p;
-      if (to.kind == cuda::Kind::parameter) to.g = from.g;
+      if (to.kind != cuda::Kind::statistic) to.g = from.g;
       to.b = from.b;
       to.numel = from.numel;
-      to.dtypes = from.dtypes;
+      to.bits |= from.bits;
     }
     const cuda::Device device{
         .grad_scale = grad_scale == nullptr ? nullptr : grad_scale->const_data_ptr<float>(),
@@ -112,14 +112,22 @@ class DeviceWalk {
     made.state = reinterpret_cast<cuda::State*>(on_device_.states.mutable_data_ptr<double>()) + index;
     const Scale known = reader_.scale(StoredScale(group), index);  // when the state was last on the host
     const bool ordinary = !made.scale_invariant && known.P == 1 && known.kappa == 0;
+    made.unbuffered = true;
+    if (has_momentum || !ordinary) {
+      for (Param& param : params) {
+        param.buf = reader_.buffer(state, param);
+        made.unbuffered = made.unbuffered && param.buf == nullptr;
+      }
+    }
     groups_.push_back(made);
 
     for (size_t i = 0; i < params.size(); ++i) {
-      Param& param = params[i];
+      const Param& param = params[i];
       if (!param.has_grad() && ordinary) continue;
-      if (has_momentum || !ordinary) param.buf = reader_.buffer(state, param);
-      if (const char* why = take(param, has_momentum)) return why;
-      push(cuda::Kind::parameter, first_slot + static_cast<int32_t>(i), 0);
+      const bool starts = has_momentum && param.has_grad() && param.buf == nullptr;
+      if (const char* why = take(param, starts)) return why;
+      const int flags = (param.buf != nullptr || starts ? cuda::Tensor::kBuffered : 0) | (starts ? cuda::Tensor::kFresh : 0);
+      push(param.has_grad() ? cuda::Kind::stepping : cuda::Kind::idle, first_slot + static_cast<int32_t>(i), flags);
     }
     const char* wrong = nullptr;
     if (!ordinary) {
@@ -128,7 +136,8 @@ class DeviceWalk {
             plan_.take(THPVariable_Unpack(stat), nullptr, nullptr, kUnknownRow)) {
           wrong = "norm_stats are not plain tensors on its device";
         } else {
-          push(cuda::Kind::statistic, 0, power);
+          push(cuda::Kind::statistic, 0, 0);
+          tensors_.back().power = power;
         }
       });
     }
@@ -161,7 +170,7 @@ class DeviceWalk {
 
   bool on_this_device(const at::Tensor& t) const { return t.device() == plan_.device(); }
 
-  const char* take(const Param& param, bool has_momentum) {
+  const char* take(const Param& param, bool starts) {
     if (!param.exact || !on_this_device(THPVariable_Unpack(param.object)))
       return "a parameter is not a plain tensor on its device";
     const at::Tensor& p = THPVariable_Unpack(param.object);
@@ -169,7 +178,7 @@ class DeviceWalk {
       if (!THPVariable_CheckExact(param.buf)) return "a momentum buffer is not a plain tensor";
       return plan_.take(p, param.grad, &THPVariable_Unpack(param.buf), kUnknownRow).why;
     }
-    if (!has_momentum || !param.has_grad()) return plan_.take(p, param.grad, nullptr, kUnknownRow).why;
+    if (!starts) return plan_.take(p, param.grad, nullptr, kUnknownRow).why;
     // Memory made in a capture would be set to 0 again by each replay.
     if (capturing_) return "a parameter has no momentum buffer yet; take a step before the capture";
     if (const char* why = unwritable(p)) return why;
@@ -180,9 +189,9 @@ class DeviceWalk {
     return refusal.why;
   }
 
-  void push(cuda::Kind kind, int32_t slot, double power) {
+  void push(cuda::Kind kind, int32_t slot, int flags) {
     cuda::Tensor t{};
-    if (kind == cuda::Kind::statistic) t.power = power;
+    t.bits = static_cast<uint8_t>(flags);
     t.slot = slot;
     t.source = static_cast<uint16_t>(groups_.size() - 1);
     t.kind = kind;

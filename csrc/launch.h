@@ -17,8 +17,9 @@ namespace texp {
 
 // The stream that torch is using on a device. Asked of Python, so that the core does not need a CUDA build of torch.
 inline void* current_stream(c10::DeviceIndex device) {
-  static const py::object ask = py::module_::import("torch._C").attr("_cuda_getCurrentRawStream");
-  return reinterpret_cast<void*>(ask(device).cast<uintptr_t>());
+  // Never given back: at the end of the process Python goes first.
+  static PyObject* const ask = py::object(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream")).release().ptr();
+  return reinterpret_cast<void*>(py::handle(ask)(device).cast<uintptr_t>());
 }
 
 inline void raise_if(const char* error) {
@@ -32,7 +33,7 @@ inline cuda::Tensor as_cuda(const Item& item) {
   t.b = item.b;
   t.numel = item.numel;
   t.source = static_cast<uint16_t>(item.row);
-  t.dtypes = static_cast<uint8_t>(static_cast<int>(item.dtype) + 16 * static_cast<int>(item.b_dtype));
+  t.bits = static_cast<uint8_t>(static_cast<int>(item.dtype) + 4 * static_cast<int>(item.b_dtype));
   return t;
 }
 

@@ -63,6 +63,11 @@ TEXP_INLINE double clipped(double kappa, double limit) {
   return positive < limit ? positive : limit;
 }
 
+// What a statistic is multiplied by. Powers 1 and 2, those of means and variances behind one layer, are exact products.
+TEXP_INLINE double power_of(double growth, double power) {
+  return power == 1 ? growth : power == 2 ? growth * growth : std::pow(growth, power);
+}
+
 // first: no tensor of the group has a momentum buffer yet. grad_scale: what the loss was multiplied by.
 TEXP_INLINE Step advance(const Scale& scale, const Hyperparameters& h, bool first, double grad_scale) {
   const double P2 = scale.P * scale.P;

@@ -144,6 +144,8 @@ __device__ double read(const Number& number, Number::In in) {
   }
 }
 
+__device__ bool has_momentum(const Group& group) { return read(group.momentum, group.in[1]) != 0; }
+
 __device__ Step step_of(const Group& group, const float* grad_scale) {
   const State& s = *global(group.state);
   const Hyperparameters h{read(group.lr, group.in[0]),        read(group.momentum, group.in[1]),
@@ -151,11 +153,8 @@ __device__ Step step_of(const Group& group, const float* grad_scale) {
                           group.nesterov,                     group.maximize,
                           group.scale_invariant};
   const double unscaled = grad_scale == nullptr ? 1.0 : *global(grad_scale);
-  return advance({s.P, s.exponent, s.kappa}, h, s.started == 0, unscaled);
+  return advance({s.P, s.exponent, s.kappa}, h, group.unbuffered || s.started == 0, unscaled);
 }
-
-// Powers 1 and 2, those of running means and variances behind one layer, without the rounding of pow.
-__device__ double power_of(double x, double power) { return power == 1 ? x : power == 2 ? x * x : pow(x, power); }
 
 // What a block works with.
 struct Shared {
@@ -172,9 +171,9 @@ __device__ void find_row(Shared& shared, const Group& group, const Tensor& t, co
     shared.wide.s_p = power_of(step.growth, t.power);
     return;
   }
-  const bool started = t.b == nullptr || *global(device.started + t.slot) != 0;
-  shared.wide = t.g == nullptr ? step.idle : started ? step.running : step.first;
-  shared.without_buffer = t.g == nullptr && !started;
+  const bool started = !(t.bits & Tensor::kBuffered) || (!(t.bits & Tensor::kFresh) && *global(device.started + t.slot) != 0);
+  shared.wide = t.kind == Kind::idle ? step.idle : started ? step.running : step.first;
+  shared.without_buffer = t.kind == Kind::idle && !started;
 }
 
 // Blocks on a multiprocessor that registers must allow for: 40 of them a thread, or 64, which it takes to compute a row
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kOnDevice>) step_kernel(cons
       if (has_tile) find_row(shared, table.template at<Group>(0)[t.source], t, device);
       __threadfence();
       shared.last = atomicInc(device.ticket, gridDim.x - 1) == gridDim.x - 1;
-      __threadfence();
+      if (shared.last) __threadfence();
     }
     __syncthreads();
     if (threadIdx.x < 10)
@@ -241,11 +240,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kOnDevice>) step_kernel(cons
       if (!groups[i].ends) continue;
       const Step step = step_of(groups[i], device.grad_scale);
       State& state = *global(groups[i].state);
-      state = {step.scale.P, step.scale.kappa, step.scale.exponent, 1};
+      const bool started = !groups[i].unbuffered && state.started != 0;
+      state = {step.scale.P, step.scale.kappa, step.scale.exponent, started || has_momentum(groups[i])};
     }
     const Tensor* tensors = table.template at<Tensor>(table.tensors_at);
-    for (int i = threadIdx.x; i < table.tensors; i += kThreads)
-      if (tensors[i].kind == Kind::parameter && tensors[i].g != nullptr) global(device.started)[tensors[i].slot] = 1;
+    for (int i = threadIdx.x; i < table.tensors; i += kThreads) {
+      const Tensor& other = tensors[i];
+      if (other.kind == Kind::stepping && (other.bits & Tensor::kBuffered) && has_momentum(groups[other.source]))
+        global(device.started)[other.slot] = 1;
+    }
   }
 }
 
@@ -298,7 +301,8 @@ cudaError_t launch(cudaStream_t stream, const Tensor* tensors, int64_t n, const 
   *first = static_cast<int32_t>(tiles);
   const auto blocks = static_cast<unsigned>(tiles > 0 ? tiles : 1);
   void* arguments[] = {&table};
-  return cudaLaunchKernel(step_kernel<kOnDevice, kBytes>, dim3(blocks), dim3(kThreads), arguments, 0, stream);
+  cudaLaunchKernel(step_kernel<kOnDevice, kBytes>, dim3(blocks), dim3(kThreads), arguments, 0, stream);
+  return cudaGetLastError();  // and leaves none for the next launch of somebody else
 }
 
 template <class Source>
@@ -332,8 +336,9 @@ extern "C" const char* texp_cuda_step(int device_index, void* stream, const texp
 
 extern "C" bool texp_cuda_is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess &&
-         status != cudaStreamCaptureStatusNone;
+  const bool known = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess;
+  cudaGetLastError();
+  return !known || status != cudaStreamCaptureStatusNone;
 }
 
 extern "C" int texp_cuda_devices(const char** error) {

@@ -207,7 +207,7 @@ class Walk {
     reader_.norm_stats(group, index, [&](PyObject* stat, double power) {
       if (advanced.step.growth == 1) return;
       Row<double> row{};
-      row.s_p = std::pow(advanced.step.growth, power);
+      row.s_p = power_of(advanced.step.growth, power);
       const int32_t added = rows_.add(row);
       const Param param{stat, static_cast<bool>(THPVariable_CheckExact(stat)), nullptr, nullptr};
       if (take(param, false, added)) left_.push_back({index, {}, added, param, false});

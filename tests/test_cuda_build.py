@@ -133,7 +133,6 @@ class TestTheReason:
         "no driver": (devices(-1, "no driver"), "13.0", "the CUDA kernel was built, but no device: no driver"),
         "no device": (devices(0), "13.0", "the CUDA kernel was built, but no device: CUDA sees none"),
         "torch": (devices(1), None, "the CUDA kernel was built, but torch .* was not: it has no CUDA tensors"),
-        "ok": (devices(1), "13.0", backends.OK),
     }  # fmt: skip
 
     @pytest.mark.parametrize("case", CASES)

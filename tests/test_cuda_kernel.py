@@ -26,7 +26,8 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of texp::Dtype
-FIXED, PARAMETER, STATISTIC = range(3)
+FIXED, STEPPING, IDLE, STATISTIC = range(4)
+BUFFERED, FRESH = 16, 32
 TILE = 4096
 POISON = -7.0
 
@@ -40,7 +41,7 @@ class CTensor(ctypes.Structure):
         ("slot", ctypes.c_int32),
         ("source", ctypes.c_uint16),
         ("kind", ctypes.c_uint8),
-        ("dtypes", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
     )
 
 
@@ -52,6 +53,7 @@ class CGroup(ctypes.Structure):
         ("nesterov", ctypes.c_bool),
         ("maximize", ctypes.c_bool),
         ("scale_invariant", ctypes.c_bool),
+        ("unbuffered", ctypes.c_bool),
         ("ends", ctypes.c_bool),
     )
 
@@ -96,7 +98,7 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
 
 def ctensor(entry: Entry, source: int, kind: int = FIXED, slot: int = 0) -> CTensor:
     p, g, b = entry
-    dtypes = DTYPES.index(p.dtype) + 16 * DTYPES.index(p.dtype if b is None else b.dtype)
+    dtypes = DTYPES.index(p.dtype) + 4 * DTYPES.index(p.dtype if b is None else b.dtype)
     return CTensor(pointer(p), pointer(g), pointer(b), p.numel(), slot, source, kind, dtypes)
 
 
@@ -205,9 +207,10 @@ class OnDevice:
         self.states = (CState * len(self.groups))(*(CState(1.0, 0.0, 0, 0) for _ in self.groups))
         self.started = torch.zeros(sum(len(group["params"]) for group in self.groups), dtype=torch.uint8)
         self.ticket = torch.zeros(1, dtype=torch.int32)
+        self.buffered = set()  # slots for which the host has made a buffer
 
     def step(self, grads: list[list[torch.Tensor | None]], grad_scale: float, found_inf: bool) -> int:
-        tensors, groups, slot = [], [], 0
+        tensors, groups, slot, made = [], [], 0, set()
         self.kept = []
         for index, (group, gs) in enumerate(zip(self.groups, grads, strict=True)):
             hyper = group["hyper"]
@@ -217,11 +220,19 @@ class OnDevice:
                 self.kept += [torch.tensor(x, dtype=(torch.float32, torch.float64)[index % 3 - 1]) for x in numbers]
                 pointers = (ctypes.c_int64 * 4)(*(x.data_ptr() for x in self.kept[-4:]))
                 numbers = (ctypes.c_double * 4).from_buffer(pointers)
-            flags = (hyper.nesterov, hyper.maximize, hyper.scale_invariant, False)
+            slots = range(slot, slot + len(group["params"]))
+            flags = (hyper.nesterov, hyper.maximize, hyper.scale_invariant, self.buffered.isdisjoint(slots), False)
             state = ctypes.addressof(self.states[index])
             groups.append(CGroup((ctypes.c_double * 4)(*numbers), state, (ctypes.c_uint8 * 4)(*where), *flags))
             for p, b, g in zip(group["params"], group["bufs"], gs, strict=True):
-                tensors.append(ctensor(Entry(p, g, b if hyper.momentum != 0 else None), index, PARAMETER, slot))
+                fresh = slot not in self.buffered and g is not None and hyper.momentum != 0
+                has_buf = fresh or slot in self.buffered
+                tensors.append(
+                    ctensor(Entry(p, g, b if has_buf else None), index, IDLE if g is None else STEPPING, slot)
+                )
+                tensors[-1].bits |= has_buf * BUFFERED + fresh * FRESH
+                if has_buf:
+                    made.add(slot)
                 slot += 1
             for stat, power in group["stats"]:
                 tensors.append(ctensor(Entry(stat), index, STATISTIC))
@@ -240,6 +251,7 @@ class OnDevice:
         )
         assert error is None
         assert self.ticket.item() == 0
+        self.buffered |= made
         return self.kernel.launches_so_far() - before
 
 
@@ -287,8 +299,11 @@ def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies, tensors):
         found_inf = t in (0, 3)
         for i, group in enumerate(groups):
             lr = 0.5 if t < 5 else 0.25
-            group["hyper"] = group["hyper"]._replace(lr=lr)
-            optimizer.param_groups[i]["lr"] = lr
+            changes = {"lr": lr}
+            if t == 4:  # momentum comes late to some
+                changes |= {"momentum": 0.75, "dampening": 0.0 if group["hyper"].nesterov else 0.25}
+            group["hyper"] = group["hyper"]._replace(**changes)
+            optimizer.param_groups[i].update(changes)
         # One tensor comes late, another misses a gradient.
         missing = [(j % 4 == 3 and t < 2) or (j % 4 == 0 and t == 2) for j in range(len(shapes))]
         grads = [

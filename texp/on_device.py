@@ -2,7 +2,6 @@
 GradScaler may skip, and replays of a captured graph. csrc/device_walk.h takes such steps, csrc/cuda.h has the layout.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,56 +12,74 @@ from texp.theory import Scale
 
 
 class OnDevice:
-    """The state of an optimizer's groups while it is on a device; meanwhile what stands in the groups is out of date.
+    """The state of an optimizer's groups while it is on a device. A captured graph knows these tensors by address.
 
     Attributes:
         states: float64, one row a group: P, κ, and, as int64, the exponent and whether any tensor has started.
-        started: uint8, one for each parameter of all groups: whether it has taken its first step.
+        started: uint8, one for each parameter of all groups: whether it has taken its first step with momentum.
         ticket: int32, one element, 0 between steps.
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], device: torch.device) -> None:
         self.groups = list(param_groups)
-        self.params = [tuple(group["params"]) for group in param_groups]
-        started = [[_has_buffer(state, p) for p in params] for params in self.params]
-        host = torch.zeros(len(self.groups), 4, dtype=torch.float64)
-        for row, group, of_params in zip(host, self.groups, started, strict=True):
-            scale = groups.scale_of(group)
-            row[0], row[1] = scale.P, scale.kappa
-            row.view(torch.int64)[2], row.view(torch.int64)[3] = scale.exponent, any(of_params)
-        self.states = host.to(device)
-        self.started = torch.tensor([x for of_params in started for x in of_params], dtype=torch.uint8).to(device)
+        self.params = [p for group in param_groups for p in group["params"]]
+        self._parked: dict[Tensor, Tensor] = {}  # buffers whose first step was skipped, while the host looks
+        self._layout = _layout(param_groups)
+        host_states, host_started = self._from_host(state)
+        self.states = host_states.to(device)
+        self.started = host_started.to(device)
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
 
     def is_of(self, param_groups: list[dict[str, Any]], device: torch.device) -> bool:
-        """Whether these are still the groups, with the same parameters."""
+        """Whether these are still the groups, with the parameters and scales that they had."""
         return (
             self.states.device == device
-            and _same(self.groups, param_groups)
-            and all(_same(params, group["params"]) for params, group in zip(self.params, param_groups, strict=True))
+            and _layout(param_groups) == self._layout
+            and [groups.scale_of(group) for group in self.groups] == self._known
         )
 
-    def settle(self, state: dict[Tensor, Any]) -> None:
-        """Writes the scales back into the groups, and takes away buffers whose first step was skipped. Waits for the
-        device.
+    def read_back(self, state: dict[Tensor, Any]) -> None:
+        """Writes the scales into the groups, and takes buffers whose first step was skipped out of `state`, until
+        :meth:`restore`. Waits for the device.
         """
-        host = self.states.cpu()
-        for row, group in zip(host, self.groups, strict=True):
-            P, kappa = row[:2].tolist()
-            groups.set_scale(group, Scale(P, int(row.view(torch.int64)[2]), kappa))
-        started = iter(self.started.tolist())
-        for params in self.params:
-            for p in params:
-                if not next(started) and _has_buffer(state, p):
-                    del state[p]["momentum_buffer"]
-                    if not state[p]:
-                        del state[p]
+        if self.states.is_cuda:
+            torch.cuda.synchronize(self.states.device)  # the step may have run on another stream
+        for row, group, known in zip(self.states.cpu(), self.groups, self._known, strict=True):
+            if groups.scale_of(group) == known:  # else somebody has set another one since
+                P, kappa = row[:2].tolist()
+                groups.set_scale(group, Scale(P, int(row.view(torch.int64)[2]), kappa))
+        self._known = [groups.scale_of(group) for group in self.groups]
+        for p, started in zip(self.params, self.started.tolist(), strict=True):
+            if not started and _has_buffer(state, p):
+                self._parked[p] = state[p].pop("momentum_buffer")
+                if not state[p]:
+                    del state[p]
+
+    def restore(self, state: dict[Tensor, Any]) -> None:
+        """Gives back what :meth:`read_back` took, before the next step on the device."""
+        for p, buf in self._parked.items():
+            state[p].setdefault("momentum_buffer", buf)
+        self._parked.clear()
+
+    def write(self, state: dict[Tensor, Any]) -> None:
+        """Brings the device up to date with the groups, in place."""
+        host_states, host_started = self._from_host(state)
+        self.states.copy_(host_states)
+        self.started.copy_(host_started)
+
+    def _from_host(self, state: dict[Tensor, Any]) -> tuple[Tensor, Tensor]:
+        self._known = [groups.scale_of(group) for group in self.groups]
+        states = torch.zeros(len(self.groups), 4, dtype=torch.float64)
+        for row, group, scale in zip(states, self.groups, self._known, strict=True):
+            row[0], row[1] = scale.P, scale.kappa
+            row.view(torch.int64)[2] = scale.exponent
+            row.view(torch.int64)[3] = any(_has_buffer(state, p) for p in group["params"])
+        return states, torch.tensor([_has_buffer(state, p) for p in self.params], dtype=torch.uint8)
+
+
+def _layout(param_groups: list[dict[str, Any]]) -> list:
+    return [(id(group), bool(group["scale_invariant"]), *map(id, group["params"])) for group in param_groups]
 
 
 def _has_buffer(state: dict[Tensor, Any], param: Tensor) -> bool:
     return param in state and state[param].get("momentum_buffer") is not None
-
-
-def _same(a: Iterable, b: Iterable) -> bool:
-    a, b = list(a), list(b)
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))

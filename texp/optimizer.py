@@ -129,6 +129,8 @@ class SGD(torch.optim.Optimizer):
         self._core = backends.core(self._backend)
         self._on_cpu, self._on_cuda = backends.kernels(self._backend)
         self._device: OnDevice | None = None  # P and κ, while they are there
+        # Those that a graph knows by address; kept when a state dict is loaded.
+        self._captured: list[OnDevice] = self.__dict__.get("_captured", [])
         self._skipped: bool | Tensor = False
 
     @property
@@ -168,7 +170,7 @@ class SGD(torch.optim.Optimizer):
                         "a scale_invariant group holds a parameter twice: its scale would be applied twice"
                     )
             param_group.update({key: values[key] for key in (*groups.SCALE_KEYS, "norm_stats")})
-        self._settle()
+        self._leave_device()
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -219,7 +221,7 @@ class SGD(torch.optim.Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._on_cuda and self._step_on_device(scale, found_inf):
             return loss
-        self._settle()
+        self._leave_device()
         self._skipped = found_inf is not None and bool(found_inf)
         if self._skipped:
             return loss
@@ -241,21 +243,28 @@ class SGD(torch.optim.Optimizer):
         skipped, or is captured in a graph. Returns whether it did.
         """
         capturable = any(group["capturable"] for group in self.param_groups)
-        if not capturable and (found_inf is None or not found_inf.is_cuda):
+        capturing = torch.cuda.is_current_stream_capturing()
+        if capturing and not capturable:
+            raise RuntimeError("a step can be captured with capturable=True; this one would be computed by the host")
+        if not capturable and not (isinstance(found_inf, Tensor) and found_inf.is_cuda):
             return False
         params = (p for group in self.param_groups for p in group["params"])
         device = next((p.device for p in params if p.is_cuda), None)
         why = "no parameter is on a CUDA device"
         if device is not None:
             if self._device is None or not self._device.is_of(self.param_groups, device):
-                if torch.cuda.is_current_stream_capturing():
-                    raise RuntimeError(
-                        "the first step of these groups cannot be captured: take one before the capture"
-                    )
-                self._settle()
+                if capturing:
+                    raise RuntimeError("the first step of these groups cannot be captured: take one before it")
+                self._leave_device()
                 self._device = OnDevice(self.param_groups, self.state, device)
-            scale, found_inf = (None if x is None else x.to(device, torch.float32) for x in (scale, found_inf))
             of = self._device
+            of.restore(self.state)
+            if capturing:
+                self._captured.append(of)
+            scale, found_inf = (
+                None if x is None else torch.as_tensor(x, dtype=torch.float32, device=device)
+                for x in (scale, found_inf)
+            )
             why = self._core.step_on_device(
                 self.param_groups, self.state, of.states, of.started, of.ticket, scale, found_inf
             )
@@ -265,11 +274,14 @@ class SGD(torch.optim.Optimizer):
             raise RuntimeError(f"capturable=True was requested, but {why}")
         return why is None
 
-    def _settle(self) -> None:
-        """Brings P and κ back from the device, if they are there."""
+    def _read_back(self) -> None:
+        """Brings what the host knows of P and κ up to date, if they are on the device."""
         if self._device is not None:
-            self._device.settle(self.state)
-            self._device = None
+            self._device.read_back(self.state)
+
+    def _leave_device(self) -> None:
+        self._read_back()
+        self._device = None
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
@@ -306,7 +318,7 @@ class SGD(torch.optim.Optimizer):
         Parameters, momentum buffers and norm_stats are modified in place (one rounding each); the scale starts
         again at P = 1, κ = 0. Training can go on, in the same form or as an ordinary group.
         """
-        self._settle()
+        self._read_back()
         for group in self.param_groups:
             scale = groups.scale_of(group)
             groups.check_norm_stats(group["norm_stats"])
@@ -316,12 +328,14 @@ class SGD(torch.optim.Optimizer):
                 for stat, power in group["norm_stats"]:
                     reference.apply(Row(s_p=scale.P**-power), [Entry(stat)])
             groups.set_scale(group, Scale())
+        if self._device is not None:
+            self._device.write(self.state)
 
     def log10_lr(self) -> list[float]:
         """log10 of the paper's learning rate η̃ of the next step, one float a group (η̃ itself leaves the range
         of a float in long runs). For an ordinary group, log10 of its LR; −inf where the LR is 0.
         """
-        self._settle()
+        self._read_back()
         return [
             theory.log10_lr(
                 groups.scale_of(group),
@@ -335,7 +349,7 @@ class SGD(torch.optim.Optimizer):
         """As any torch optimizer's, with P and κ among the groups' options; norm_stats belong to the model and
         are left out. torch.optim.SGD can load it after :meth:`fold`.
         """
-        self._settle()
+        self._read_back()
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group["norm_stats"] = None  # the key stays: flattened checkpoints are read back key by key
@@ -351,7 +365,7 @@ class SGD(torch.optim.Optimizer):
 
         Raises ValueError where groups, shapes or scales do not fit; the optimizer is then unchanged.
         """
-        self._settle()
+        self._leave_device()
         # Registered last, it sees what other hooks made of the state dict.
         hook = self.register_load_state_dict_pre_hook(groups.prepare_loading)
         try:
@@ -360,7 +374,7 @@ class SGD(torch.optim.Optimizer):
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self._read_back()
         return {**super().__getstate__(), "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

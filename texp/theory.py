@@ -98,7 +98,8 @@ class Step(NamedTuple):
 
     def norm_stat(self, power: float) -> Row:
         """The row for a running statistic of a norm layer that scales with P^power."""
-        return Row(s_p=self.growth**power)
+        # Powers 1 and 2, those of means and variances behind one layer, are exact products on every device.
+        return Row(s_p={1: self.growth, 2: self.growth * self.growth}.get(power) or self.growth**power)
 
 
 def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_scale: float = 1.0) -> Step:

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -78,6 +79,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+inline cudaError_t last_error = cudaSuccess;
+inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
@@ -95,7 +98,7 @@ extern "C" inline __attribute__((used)) int launches_so_far() { return launches;
 
 template <class Argument>
 cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
-  if (grid.x == 0 || sizeof(std::remove_const_t<Argument>) > 32764) return cudaErrorInvalidConfiguration;
+  if (grid.x == 0 || sizeof(std::remove_const_t<Argument>) > 32764) return last_error = cudaErrorInvalidConfiguration;
   ++launches;
   gridDim = grid;
   std::barrier<> barrier(block.x);
