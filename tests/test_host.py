@@ -475,3 +475,21 @@ def test_buffers_made_in_inference_mode_can_be_used_after_it(general):
         optimizer.step()
     optimizer.step()
     assert relative_error(p, param() - 0.1 * (1 + 1.9)) < 1e-15
+
+
+@pytest.mark.parametrize("exponential", [True, False])
+def test_a_capture_by_the_reference_backend(monkeypatch, exponential):
+    """Of an ordinary group it is allowed, as with torch; the schedule of an exponential one would stand still."""
+    p = param()
+    p.grad = torch.ones_like(p)
+    optimizer = texp.SGD([p], lr=0.1, weight_decay=0.1, scale_invariant=exponential, backend="reference")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    before = snapshot(optimizer)
+    if exponential:
+        with pytest.raises(RuntimeError, match="group 0 is scale_invariant: its step cannot be captured"):
+            optimizer.step()
+        assert_unchanged(optimizer, before)
+    else:
+        optimizer.step()
+        assert not same_bits(p, before[1])

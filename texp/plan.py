@@ -44,6 +44,7 @@ def _plan(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scal
     if group["capturable"]:
         backends.check_capturable("reference")
     groups.check_step(index, group)
+    _refuse_capture(index, group)
     hyper = groups.hyperparameters(group)
     entries = [Entry(p, p.grad, buf_of(state, p)) for p in group["params"]]
     try:
@@ -88,6 +89,7 @@ class Rest:
     def check(self, left: Iterable[tuple]) -> None:
         for index, why, row, param, grad, buf, starts in left:
             group, row, entry = self.param_groups[index], Row(*row), Entry(param, grad, buf)
+            _refuse_capture(index, group)
             _check_tensors(index, row, entry)
             if self.named is not None and why is not None:  # a tensor of norm_stats is left without a reason
                 raise RuntimeError(
@@ -105,6 +107,15 @@ class Rest:
             reference.apply(row, [entry], foreach=group["foreach"])
         for param, buf in self.new_bufs:
             self.state[param]["momentum_buffer"] = buf
+
+
+def _refuse_capture(index: int, group: dict[str, Any]) -> None:
+    """Raises where a graph would replay one step of a schedule for ever."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing() and groups.is_exponential(group):
+        raise RuntimeError(
+            f"parameter group {index} is scale_invariant: its step cannot be captured by the reference backend, "
+            "which computes P on the host; backend='cuda' with capturable=True can"
+        )
 
 
 def _check_tensors(index: int, row: Row, entry: Entry) -> None:
