@@ -43,7 +43,7 @@ clean:
 
 # The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not looked for: Python has its own.
 SANITIZED := build/sanitize/lib
-SANITIZED_TESTS := $(addprefix tests/test_,core.py host.py rows.py optimizer.py sparse.py amp.py state_dicts.py)
+SANITIZED_TESTS := $(addprefix tests/test_,core.py host.py refusals.py rows.py optimizer.py sparse.py amp.py state_dicts.py)
 sanitize: $(READY)
 	TEXP_NATIVE=1 TEXP_SANITIZE=address,undefined \
 	$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)

@@ -83,7 +83,7 @@ class Rest:
         self.named = named
         self.param_groups = param_groups
         self.state = state
-        self.work: list[tuple[dict[str, Any], Row, Entry]] = []
+        self.work: dict[tuple[bool | None, Row], list[Entry]] = {}  # by `foreach` and row: batches
         self.new_bufs: list[tuple[Tensor, Tensor]] = []
 
     def check(self, left: Iterable[tuple]) -> None:
@@ -100,11 +100,11 @@ class Rest:
             if starts:
                 entry = with_buf(entry)
                 self.new_bufs.append((entry.param, entry.buf))
-            self.work.append((group, row, entry))
+            self.work.setdefault((group["foreach"], row), []).append(entry)
 
     def do(self) -> None:
-        for group, row, entry in self.work:
-            reference.apply(row, [entry], foreach=group["foreach"])
+        for (foreach, row), entries in self.work.items():
+            reference.apply(row, entries, foreach=foreach)
         for param, buf in self.new_bufs:
             self.state[param]["momentum_buffer"] = buf
 
