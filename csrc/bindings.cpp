@@ -20,10 +20,10 @@ namespace {
 
 // Takes one step of all tensors that the kernel can take, and returns the list of the others (see Walk::left).
 //
-// `check` is called with that list, if it is not empty, before anything is changed; it may raise. cpu, cuda: which
-// kernels may be used.
+// `check` is called with that list, if it is not empty, before anything is changed; it may raise. cpu, cuda: tensors of
+// which devices may be taken. kernel: see csrc/launch.h; None: those of this library.
 py::list step(const py::list& groups, const py::dict& state, double grad_scale, const py::object& check, bool cpu,
-              bool cuda) {
+              bool cuda, const py::object& kernel) {
   at::NoGradGuard no_grad;
   thread_local Walk kept;
   std::optional<Walk> own;  // where `check` or a hook steps another optimizer meanwhile
@@ -37,7 +37,7 @@ py::list step(const py::list& groups, const py::dict& state, double grad_scale, 
       walk.busy = false;
     }
   } busy(walk);
-  walk.walk(groups, state, grad_scale, cpu, cuda);
+  walk.walk(groups, state, grad_scale, cpu, cuda, kernel);
   const py::list left = walk.left();
   if (PyList_GET_SIZE(left.ptr()) != 0) check(left);
   walk.find_states(state);
@@ -45,27 +45,23 @@ py::list step(const py::list& groups, const py::dict& state, double grad_scale, 
   return left;
 }
 
-#if defined(TEXP_WITH_CUDA)
-
 // Takes one step of groups whose scales are on a device. Returns why it cannot be taken in this way, and then changes
-// nothing, or None. grad_scale, found_inf: float32 tensors of one element on the device, or None.
+// nothing, or None. grad_scale, found_inf: float32 tensors of one element on the device, or None. capturing: whether the
+// step is not taken now, but recorded in a graph. kernel: see DeviceWalk.
 py::object step_on_device(const py::list& groups, const py::dict& state, const py::object& states,
                           const py::object& started, const py::object& ticket, const py::object& grad_scale,
-                          const py::object& found_inf) {
+                          const py::object& found_inf, bool capturing, const py::object& kernel) {
   at::NoGradGuard no_grad;
   const auto tensor = [](const py::object& object) { return THPVariable_Unpack(object.ptr()); };
   const auto optional = [](const py::object& object) {
     return object.is_none() ? nullptr : &THPVariable_Unpack(object.ptr());
   };
   const OnDevice on_device{tensor(states), tensor(started), tensor(ticket)};
-  const bool capturing = texp_cuda_is_capturing(current_stream(on_device.states.device().index()));
-  DeviceWalk walk(on_device, capturing);
+  DeviceWalk walk(on_device, capturing, kernel);
   if (const char* why = walk.walk(groups, state)) return py::str(why);
   walk.run(optional(grad_scale), optional(found_inf));
   return py::none();
 }
-
-#endif
 
 Row<double> as_row(const py::tuple& t) {
   const auto at = [&](size_t i) { return t[i].cast<double>(); };
@@ -118,17 +114,19 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The C++ core of texp; see texp/optimizer.py and texp/backends.py.";
   module.def("observed", &at::hasCallbacks, "Whether a profiler or another observer is to see the next step.");
   module.def("step", &texp::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"), py::arg("check"),
-             py::arg("cpu") = true, py::arg("cuda") = false);
-#if defined(TEXP_WITH_CUDA)
+             py::arg("cpu") = true, py::arg("cuda") = false, py::arg("kernel") = py::none());
   module.def("step_on_device", &texp::step_on_device, py::arg("groups"), py::arg("state"), py::arg("states"),
-             py::arg("started"), py::arg("ticket"), py::arg("grad_scale"), py::arg("found_inf"));
-#endif
+             py::arg("started"), py::arg("ticket"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("capturing"),
+             py::arg("kernel") = py::none());
   module.def("advance", &texp::advance_tuple, py::arg("scale"), py::arg("hyper"), py::arg("first"), py::arg("grad_scale"));
   module.def("cpu_variants", &texp::cpu_variants);
   module.def("use_cpu_variant", &texp::use_cpu_variant, py::arg("name"));
   module.def("apply", &texp::apply, py::arg("row"), py::arg("entries"));
 #ifdef TEXP_WITH_CUDA
   module.attr("with_cuda") = true;
+  module.def(
+      "load_cuda_kernels", [](int device) { texp::raise_if(texp_cuda_load(device)); }, py::arg("device"),
+      "Loads what steps with their scale on the device launch, so that the first to do so may be a capture.");
   module.def("cuda_devices", &texp::cuda_devices, py::call_guard<py::gil_scoped_release>(),
              "How many there are, or -1, and then why there is none. Loads the driver; makes no context.");
 #else

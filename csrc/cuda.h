@@ -85,6 +85,10 @@ const char* texp_cuda_step(int device_index, void* stream, const texp::cuda::Ten
                            const texp::Row<double>* rows, const texp::cuda::Group* groups,
                            const texp::cuda::Device* device);
 
+// Loads the kernels that take groups and device, which are otherwise loaded by their first launch: not in a capture.
+// Returns null, or what CUDA says went wrong.
+const char* texp_cuda_load(int device_index);
+
 // Whether what is launched on the stream is being captured in a graph.
 bool texp_cuda_is_capturing(void* stream);
 

@@ -19,8 +19,6 @@
 
 namespace texp {
 
-#if defined(TEXP_WITH_CUDA)
-
 // What lives on the device between steps.
 struct OnDevice {
   at::Tensor states;   // float64 [groups, 4]: cuda::State
@@ -30,21 +28,30 @@ struct OnDevice {
 
 class DeviceWalk {
  public:
-  DeviceWalk(const OnDevice& on_device, bool capturing)
-      : on_device_(on_device), capturing_(capturing), plan_(rows_, on_device.states.device()) {
-    reader_.careful = true;
-  }
+  // kernel: is called from Python with the tables and takes the place of that of this library, if it is not None.
+  DeviceWalk(const OnDevice& on_device, bool capturing, const py::object& kernel)
+      : on_device_(on_device), capturing_(capturing), kernel_(kernel), plan_(rows_, on_device.states.device()) {}
 
   // Walks over the groups and changes nothing. Returns why the step cannot be taken in this way, or null.
   const char* walk(const py::list& groups, const py::dict& state) {
-    int32_t slot = 0;
-    for (Py_ssize_t index = 0; index < PyList_GET_SIZE(groups.ptr()); ++index)
-      if (const char* why = walk_group(index, PyList_GET_ITEM(groups.ptr(), index), state.ptr(), slot)) return why;
+    const char* why = nullptr;
+    try {
+      why = walk_groups(groups, state);
+    } catch (const Unusual&) {
+      plan_.clear();
+      tensors_.clear();
+      groups_.clear();
+      new_bufs_.clear();
+      reader_.careful = true;
+      why = walk_groups(groups, state);
+    }
+    if (why != nullptr) return why;
     if (groups_.size() > UINT16_MAX) return "there are more than 65,535 groups";
     if (plan_.has_shared_memory()) return "parameters, buffers or norm_stats share memory";
-    plan_.hold();
+    // From here on Python code may run: state is made for new buffers, or the kernel is called.
+    if (!new_bufs_.empty() || !kernel_.is_none()) plan_.hold();
     for (NewBuf& made : new_bufs_) {
-      made.values = state[py::handle(made.param)];
+      made.values = state[made.param];
       if (!PyDict_Check(made.values.ptr())) throw py::type_error("optimizer.state must hold a dict for each parameter");
     }
     return nullptr;
@@ -68,9 +75,11 @@ class DeviceWalk {
         .started = on_device_.started.mutable_data_ptr<uint8_t>(),
         .ticket = reinterpret_cast<uint32_t*>(on_device_.ticket.mutable_data_ptr<int32_t>()),
     };
-    const c10::DeviceIndex index = plan_.device().index();
-    raise_if(texp_cuda_step(index, current_stream(index), tensors_.data(), static_cast<int64_t>(tensors_.size()), nullptr,
-                            groups_.data(), &device));
+    if (kernel_.is_none()) {
+      launch(plan_.device().index(), tensors_, groups_, device);
+    } else {
+      kernel_(bytes_of(tensors_), bytes_of(groups_));
+    }
     plan_.write_back();
     plan_.bump_versions();
     for (const NewBuf& made : new_bufs_)
@@ -79,24 +88,31 @@ class DeviceWalk {
 
  private:
   struct NewBuf {
-    PyObject* param;
+    py::object param;
     at::Tensor buf;
     py::object values;  // optimizer.state[param]
   };
+
+  const char* walk_groups(const py::list& groups, const py::dict& state) {
+    int32_t slot = 0;
+    for (Py_ssize_t index = 0; index < PyList_GET_SIZE(groups.ptr()); ++index)
+      if (const char* why = walk_group(index, PyList_GET_ITEM(groups.ptr(), index), state.ptr(), slot)) return why;
+    return nullptr;
+  }
 
   const char* walk_group(Py_ssize_t index, PyObject* group, PyObject* state, int32_t& slot) {
     const Names& key = names();
     reader_.hold(group);
     PyObject* list = reader_.hold(required(group, key.params));
     if (!PyList_Check(list) && !PyTuple_Check(list)) throw py::type_error("group['params'] must be a list");
-    std::vector<Param> params;
+    params_.clear();
     bool steps = false, all = true;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
-      params.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
-      steps = steps || params.back().has_grad();
-      all = all && params.back().has_grad();
+      params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
+      steps = steps || params_.back().has_grad();
+      all = all && params_.back().has_grad();
     }
-    const int32_t first_slot = std::exchange(slot, slot + static_cast<int32_t>(params.size()));
+    const int32_t first_slot = std::exchange(slot, slot + static_cast<int32_t>(params_.size()));
     if (capturing_) {
       if (!reader_.flag(required(group, key.capturable))) return "a group has capturable=False";
       if (!all) return "a parameter has no gradient: replays would go on without it";
@@ -114,15 +130,15 @@ class DeviceWalk {
     const bool ordinary = !made.scale_invariant && known.P == 1 && known.kappa == 0;
     made.unbuffered = true;
     if (has_momentum || !ordinary) {
-      for (Param& param : params) {
+      for (Param& param : params_) {
         param.buf = reader_.buffer(state, param);
         made.unbuffered = made.unbuffered && param.buf == nullptr;
       }
     }
     groups_.push_back(made);
 
-    for (size_t i = 0; i < params.size(); ++i) {
-      const Param& param = params[i];
+    for (size_t i = 0; i < params_.size(); ++i) {
+      const Param& param = params_[i];
       if (!param.has_grad() && ordinary) continue;
       const bool starts = has_momentum && param.has_grad() && param.buf == nullptr;
       if (const char* why = take(param, starts)) return why;
@@ -151,7 +167,7 @@ class DeviceWalk {
     cuda::Number* const numbers[] = {&made.lr, &made.momentum, &made.dampening, &made.weight_decay};
     for (int i = 0; i < 4; ++i) {
       PyObject* value = reader_.hold(required(group, keys[i]));
-      if (THPVariable_CheckExact(value) && THPVariable_Unpack(value).is_cuda()) {
+      if (THPVariable_CheckExact(value) && !is_on_host(THPVariable_Unpack(value))) {
         const at::Tensor& t = THPVariable_Unpack(value);
         const bool wide = t.scalar_type() == at::kDouble;
         if (t.numel() != 1 || !on_this_device(t) || (!wide && t.scalar_type() != at::kFloat))
@@ -167,6 +183,8 @@ class DeviceWalk {
     }
     return nullptr;
   }
+
+  bool is_on_host(const at::Tensor& t) const { return t.is_cpu() && !on_this_device(t); }
 
   bool on_this_device(const at::Tensor& t) const { return t.device() == plan_.device(); }
 
@@ -185,7 +203,7 @@ class DeviceWalk {
     const c10::InferenceMode normal(false);
     const at::Tensor buf = at::zeros_like(p);
     const Refusal refusal = plan_.take(p, param.grad, &buf, kUnknownRow);
-    if (!refusal) new_bufs_.push_back({param.object, buf, {}});
+    if (!refusal) new_bufs_.push_back({py::reinterpret_borrow<py::object>(param.object), buf, {}});
     return refusal.why;
   }
 
@@ -200,14 +218,14 @@ class DeviceWalk {
 
   const OnDevice on_device_;
   const bool capturing_;
+  const py::object& kernel_;
   Reader reader_;
   Rows rows_;  // none
   Plan plan_;
+  std::vector<Param> params_;  // of one group
   std::vector<cuda::Tensor> tensors_;
   std::vector<cuda::Group> groups_;
   std::vector<NewBuf> new_bufs_;
 };
-
-#endif
 
 }  // namespace texp

@@ -1,4 +1,4 @@
-// Giving a plan to the CUDA kernel.
+// Giving a plan to a kernel for GPUs: that of this library, or one that is called from Python.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -13,6 +13,38 @@
 
 namespace texp {
 
+inline cuda::Tensor as_cuda(const Item& item) {
+  cuda::Tensor t{};
+  t.p = item.p;
+  t.g = item.g;
+  t.b = item.b;
+  t.numel = item.numel;
+  t.source = static_cast<uint16_t>(item.row);
+  t.bits = static_cast<uint8_t>(static_cast<int>(item.dtype) + 4 * static_cast<int>(item.b_dtype));
+  return t;
+}
+
+inline std::vector<cuda::Tensor> table_of(const Plan& plan, const Rows& rows) {
+  if (rows.wide.size() > UINT16_MAX) throw std::runtime_error("a step on a GPU takes at most 65,535 different rows");
+  std::vector<cuda::Tensor> tensors;
+  tensors.reserve(plan.items().size());
+  for (const Item& item : plan.items()) tensors.push_back(as_cuda(item));
+  return tensors;
+}
+
+template <class T>
+py::bytearray bytes_of(const std::vector<T>& table) {
+  return {reinterpret_cast<const char*>(table.data()), table.size() * sizeof(T)};
+}
+
+// Gives a plan to a kernel that is called from Python: with the device ("cuda:0", say), a cuda::Tensor for each tensor, and
+// the rows.
+inline void launch(Plan& plan, const Rows& rows, const py::object& kernel) {
+  if (plan.items().empty()) return;
+  kernel(plan.device().str(), bytes_of(table_of(plan, rows)), bytes_of(rows.wide));
+  plan.write_back();
+}
+
 #if defined(TEXP_WITH_CUDA)
 
 // The stream that torch is using on a device. Asked of Python, so that the core does not need a CUDA build of torch.
@@ -26,35 +58,32 @@ inline void raise_if(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("the CUDA kernel of texp could not be launched: ") + error);
 }
 
-inline cuda::Tensor as_cuda(const Item& item) {
-  cuda::Tensor t{};
-  t.p = item.p;
-  t.g = item.g;
-  t.b = item.b;
-  t.numel = item.numel;
-  t.source = static_cast<uint16_t>(item.row);
-  t.bits = static_cast<uint8_t>(static_cast<int>(item.dtype) + 4 * static_cast<int>(item.b_dtype));
-  return t;
-}
-
+// Gives a plan to the CUDA kernel.
 inline void launch(Plan& plan, const Rows& rows) {
   if (plan.items().empty()) return;
-  if (rows.wide.size() > UINT16_MAX) throw std::runtime_error("a step on a CUDA device takes at most 65,535 different rows");
   const c10::DeviceIndex device = plan.device().index();
   void* stream = current_stream(device);
   if (texp_cuda_is_capturing(stream))
     throw std::runtime_error("a step with capturable=False cannot be captured in a graph: its rows are computed on the host");
-  std::vector<cuda::Tensor> tensors;
-  tensors.reserve(plan.items().size());
-  for (const Item& item : plan.items()) tensors.push_back(as_cuda(item));
+  const std::vector<cuda::Tensor> tensors = table_of(plan, rows);
   raise_if(texp_cuda_step(device, stream, tensors.data(), static_cast<int64_t>(tensors.size()), rows.wide.data(), nullptr,
                           nullptr));
   plan.write_back();
 }
 
+inline void launch(c10::DeviceIndex device, const std::vector<cuda::Tensor>& tensors,
+                   const std::vector<cuda::Group>& groups, const cuda::Device& on_device) {
+  raise_if(texp_cuda_step(device, current_stream(device), tensors.data(), static_cast<int64_t>(tensors.size()), nullptr,
+                          groups.data(), &on_device));
+}
+
 #else
 
 inline void launch(Plan&, const Rows&) {}
+
+inline void launch(c10::DeviceIndex, const std::vector<cuda::Tensor>&, const std::vector<cuda::Group>&, const cuda::Device&) {
+  throw std::runtime_error("texp was built without its CUDA kernel");
+}
 
 #endif
 

@@ -65,7 +65,7 @@ TEXP_INLINE void store(fp16& to, float x) {
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
-  to.bits = static_cast<uint16_t>((magnitude >= (143u << 23) ? special : finite) | bits >> 16 & 0x8000u);
+  to.bits = static_cast<uint16_t>((magnitude >= (143u << 23) ? special : finite) | (bits >> 16 & 0x8000u));
 }
 
 #if defined(__clang__)

@@ -318,19 +318,47 @@ cudaError_t launch_all(cudaStream_t stream, const Tensor* tensors, int64_t n, co
   return cudaSuccess;
 }
 
+// Makes a device the current one, for a while.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int index) : error(cudaGetDevice(&before_)), changed_(error == cudaSuccess && before_ != index) {
+    if (changed_) error = cudaSetDevice(index);
+  }
+  ~CurrentDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  CurrentDevice(const CurrentDevice&) = delete;
+
+  cudaError_t error;
+
+ private:
+  int before_ = 0;
+  bool changed_;
+};
+
 }  // namespace
 }  // namespace texp::cuda
 
 extern "C" const char* texp_cuda_step(int device_index, void* stream, const texp::cuda::Tensor* tensors, int64_t n,
                                       const texp::Row<double>* rows, const texp::cuda::Group* groups,
                                       const texp::cuda::Device* device) {
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && before != device_index) error = cudaSetDevice(device_index);
+  const texp::cuda::CurrentDevice here(device_index);
+  cudaError_t error = here.error;
   if (error == cudaSuccess)
     error = groups ? texp::cuda::launch_all(static_cast<cudaStream_t>(stream), tensors, n, groups, *device)
                    : texp::cuda::launch_all(static_cast<cudaStream_t>(stream), tensors, n, rows, {});
-  if (before != device_index) cudaSetDevice(before);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+extern "C" const char* texp_cuda_load(int device_index) {
+  using texp::cuda::step_kernel;
+  const void* kernels[] = {reinterpret_cast<const void*>(step_kernel<true, texp::cuda::kSmall>),
+                           reinterpret_cast<const void*>(step_kernel<true, texp::cuda::kMost>)};
+  const texp::cuda::CurrentDevice here(device_index);
+  cudaError_t error = here.error;
+  cudaFuncAttributes attributes;
+  for (const void* kernel : kernels)
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

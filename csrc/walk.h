@@ -59,10 +59,12 @@ class Walk {
     reader_.careful = Reader::always_careful;
   }
 
-  // Walks over the groups and changes nothing. cpu, cuda: whether tensors there may be taken.
-  void walk(const py::list& groups, const py::dict& state, double grad_scale, bool cpu, bool cuda) {
+  // Walks over the groups and changes nothing. cpu, cuda: whether tensors there may be taken. kernel: takes the place of
+  // those of this library, if it is not None.
+  void walk(const py::list& groups, const py::dict& state, double grad_scale, bool cpu, bool cuda, const py::object& kernel) {
     cpu_ = cpu;
     cuda_ = cuda;
+    kernel_ = kernel.is_none() ? nullptr : &kernel;
     watched_ = c10::impl::TorchDispatchModeTLS::any_modes_set();
     try {
       walk_once(groups, state, grad_scale);
@@ -78,7 +80,7 @@ class Walk {
     }
     // From here on Python code may run: what is left to the reference is looked at, state is made for new buffers, or
     // another thread has the interpreter.
-    if (!left_.empty() || !new_bufs_.empty() || on_cpu_.lends_interpreter()) hold();
+    if (!left_.empty() || !new_bufs_.empty() || on_cpu_.lends_interpreter() || kernel_ != nullptr) hold();
   }
 
   // (group index, why, row, param, grad, buffer or None, whether it is yet to be made) of each tensor that the kernel
@@ -109,12 +111,10 @@ class Walk {
   }
 
   void run() {
-    for (auto& plan : on_cuda_) launch(*plan, rows_);
-    if (on_cpu_.lends_interpreter()) {
-      const py::gil_scoped_release release;
-      on_cpu_.run();
+    if (kernel_ != nullptr) {
+      for_each_plan([&](Plan& plan) { launch(plan, rows_, *kernel_); });
     } else {
-      on_cpu_.run();
+      run_kernels();
     }
     for_each_plan([](Plan& plan) { plan.bump_versions(); });
     for (const auto& [stored, i] : rescaled_) stored.write(steps_[i].scale, steps_[i].step.scale, !held_);
@@ -123,6 +123,16 @@ class Walk {
   }
 
  private:
+  void run_kernels() {
+    for (auto& plan : on_cuda_) launch(*plan, rows_);
+    if (on_cpu_.lends_interpreter()) {
+      const py::gil_scoped_release release;
+      on_cpu_.run();
+    } else {
+      on_cpu_.run();
+    }
+  }
+
   struct Left {
     Py_ssize_t group;
     Refusal refusal;
@@ -284,6 +294,7 @@ class Walk {
   std::vector<py::object> objects_;  // kept alive
   std::deque<at::Tensor> grads_of_left_;
   bool cpu_ = true, cuda_ = true;
+  const py::object* kernel_ = nullptr;  // of the caller; null: those of this library
   bool watched_ = false;  // by a TorchDispatchMode
   bool held_ = false;     // whether everything is kept alive, so that Python code may run
 };

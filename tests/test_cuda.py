@@ -214,6 +214,34 @@ def test_a_captured_step_replays_the_schedule(name):
 
 
 @gpu
+def test_a_replay_with_an_overflow_changes_nothing():
+    """Neither weights nor momentum, nor P and κ, nor norm_stats."""
+    p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5, device="cuda"))
+    arguments = ARGUMENTS["exponential"]
+    cpu = texp.SGD([p], backend="cpu", **arguments)
+    cuda = texp.SGD([q], backend="cuda", capturable=True, **arguments)
+    stats = [torch.ones(3), torch.ones(3, device="cuda")]
+    for optimizer, stat in zip((cpu, cuda), stats, strict=True):
+        optimizer.param_groups[0]["norm_stats"] = [(stat, 2)]
+    p.grad, q.grad = torch.ones(5), torch.ones(5, device="cuda")
+    cuda.grad_scale, cuda.found_inf = torch.ones((), device="cuda"), torch.zeros((), device="cuda")
+    found_inf = cuda.found_inf
+    cpu.step()
+    cuda.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cuda.step()
+    for t in range(12):
+        found_inf.fill_(t % 3 == 1)
+        graph.replay()
+        if t % 3 != 1:
+            cpu.step()
+    cuda.state_dict()
+    assert_same(cpu, cuda)
+    assert same_bits(stats[0], stats[1].cpu())
+
+
+@gpu
 @pytest.mark.parametrize("fault", ["capturable=False", "no gradient", "first step"])
 def test_captures_that_are_refused(fault):
     p, q = (nn.Parameter(torch.ones(3, device="cuda")) for _ in range(2))

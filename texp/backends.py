@@ -103,9 +103,14 @@ def kernels(name: str | None) -> tuple[bool, bool]:
     return name in (None, "cpu"), name == "cuda"
 
 
+def is_capturable(name: str | None) -> bool:
+    """Whether steps by backend=`name` can be captured in a graph."""
+    return kernels(name)[1]
+
+
 def check_capturable(name: str | None) -> None:
     """Raises RuntimeError, with the reasons, unless steps by backend=`name` can be captured in a graph."""
-    if not kernels(name)[1]:
+    if not is_capturable(name):
         reasons = available()
         raise RuntimeError(
             "capturable=True was requested, but the other backends compute their rows on the host; "

@@ -29,7 +29,8 @@ _ARGUMENTS = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """By name; of texp, each backend that is available, in ordinary and in exponential groups.
+    """By name; of texp, each backend that is available, in ordinary and in exponential groups, and with its scale on the
+    device.
 
     The reference backend is left out above 20 million parameters: it is there to be read, not to be fast, and would
     take most of the time.
@@ -45,6 +46,8 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
             continue
         made[f"texp {name}"] = lambda groups, name=name: _texp(groups, backend=name)
         made[f"texp {name} exponential"] = lambda groups, name=name: _texp(groups, backend=name, scale_invariant=True)
+        if backends.is_capturable(name):
+            made[f"texp {name} capturable"] = lambda groups, name=name: _texp(groups, backend=name, capturable=True)
     return made
 
 

@@ -256,6 +256,7 @@ class SGD(torch.optim.Optimizer):
                 if capturing:
                     raise RuntimeError("the first step of these groups cannot be captured: take one before it")
                 self._leave_device()
+                self._core.load_cuda_kernels(device.index)
                 self._device = OnDevice(self.param_groups, self.state, device)
             of = self._device
             of.restore(self.state)
@@ -266,7 +267,7 @@ class SGD(torch.optim.Optimizer):
                 for x in (scale, found_inf)
             )
             why = self._core.step_on_device(
-                self.param_groups, self.state, of.states, of.started, of.ticket, scale, found_inf
+                self.param_groups, self.state, of.states, of.started, of.ticket, scale, found_inf, capturing
             )
         if why is None:
             self._skipped = False if found_inf is None else found_inf
