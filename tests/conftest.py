@@ -7,6 +7,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
 import texp
 
 # The tensors here are tiny: a second thread would only be waited for.
@@ -35,14 +38,26 @@ class Target:
         return texp.SGD(params, backend=self.backend, **arguments)
 
 
-DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cuda",)}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+DEVICES = {
+    "reference": ("cpu", "cuda"),
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cpu",) if INTERPRETED else ("cuda",),
+}
 
 
-def targets() -> list:
-    """Every backend on every device that it serves; those that cannot run here are skipped with the reason."""
+def targets(interpreted: bool = True) -> list:
+    """Every backend on every device that it serves; those that cannot run here are skipped with the reason.
+
+    interpreted: whether Triton's interpreter is among them, which takes about 10 ms for a step.
+    """
     params = []
     reasons = texp.backends.available()
     for backend, devices in DEVICES.items():
+        if backend == "triton" and INTERPRETED and not interpreted:
+            continue
         for device in devices:
             marks = []
             if device == "cuda":
@@ -57,6 +72,12 @@ def targets() -> list:
 @pytest.fixture(params=targets())
 def target(request) -> Target:
     """A backend by name."""
+    return request.param
+
+
+@pytest.fixture(params=targets(interpreted=False))
+def swift_target(request) -> Target:
+    """A backend by name, for hundreds of steps; tests/test_triton.py has shorter runs for Triton's interpreter."""
     return request.param
 
 

@@ -14,6 +14,7 @@ def param(*values, dtype=torch.float64, device="cpu") -> nn.Parameter:
 
 def snapshot(optimizer) -> list:
     """Everything that a failed or skipped step must leave alone."""
+    optimizer.state_dict()  # brings back what is on a device
     groups = [
         {key: value for key, value in group.items() if key not in ("params", "norm_stats")}
         for group in optimizer.param_groups

@@ -93,9 +93,9 @@ GRID = list(itertools.product([False, True], [0.0, 0.3], LRS, ["fixed", "changin
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("nesterov", "dampening", "lr", "momentum", "grads"), GRID)
-def test_the_whole_grid(target, nesterov, dampening, lr, momentum, grads, norm):
+def test_the_whole_grid(swift_target, nesterov, dampening, lr, momentum, grads, norm):
     recipe = Recipe(nesterov, dampening, lr, momentum, GRADS[grads], norm=norm)
-    expected, actual = pair(recipe, target)
+    expected, actual = pair(recipe, swift_target)
     losses = [recipe.train(*trained) for trained in (expected, actual)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-11)
     assert actual[1].param_groups[0]["scale"] * 2 ** actual[1].param_groups[0]["scale_exponent"] > 1.05
@@ -107,14 +107,14 @@ def test_the_whole_grid(target, nesterov, dampening, lr, momentum, grads, norm):
 @pytest.mark.parametrize(
     ("nesterov", "dampening", "lr", "grads"), list(itertools.product([False, True], [0.0, 0.3], LRS, GRADS))
 )
-def test_outside_the_range(target, nesterov, dampening, lr, grads, norm):
+def test_outside_the_range(swift_target, nesterov, dampening, lr, grads, norm):
     """λη twice the theorem's limit (1 − √γ)², where no exponential schedule exists: part of the decay stays
     ordinary. So strong a decay soon brings the weights to where training is chaotic; starting from large ones
     puts that off to the end of the run."""
     limit = (1 - math.sqrt(MOMENTA["high"](0))) ** 2
     decay = 2 * limit / LR / (1 - dampening)
     recipe = Recipe(nesterov, dampening, lr, "high", GRADS[grads], decay=decay, norm=norm, size=100.0)
-    expected, actual = pair(recipe, target)
+    expected, actual = pair(recipe, swift_target)
     clipped = []
     actual[1].register_step_pre_hook(
         lambda optimizer, *_: clipped.append(texp.theory.advance(*_next(optimizer)).running.a_p > 0)
@@ -272,17 +272,17 @@ def test_log10_lr_is_the_lr_of_plain_sgd(target):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_norm_settles_at_its_equilibrium(target, momentum):
+def test_the_norm_settles_at_its_equilibrium(swift_target, momentum):
     """Under gradients that are noise of unit length, ‖g‖ = 1/‖p‖ and ⟨g, p⟩ = 0, ‖θ‖² settles where what a step
     adds balances what decay takes away: without momentum ‖θ‖² = α²‖θ‖² + η²/‖θ‖², so ‖θ‖⁴ = η²/(1 − α²).
     In the exponential form ‖w‖²/η̃ is constant while both grow."""
     eta, decay = 0.1, 0.02
-    p = torch.nn.Parameter(torch.full((1000,), 0.02, dtype=torch.float64, device=target.device))
-    optimizer = target.sgd([p], lr=eta, momentum=momentum, weight_decay=decay, scale_invariant=True)
+    p = torch.nn.Parameter(torch.full((1000,), 0.02, dtype=torch.float64, device=swift_target.device))
+    optimizer = swift_target.sgd([p], lr=eta, momentum=momentum, weight_decay=decay, scale_invariant=True)
     generator = torch.Generator().manual_seed(0)
     ratios = []
     for _ in range(4000):
-        g = torch.randn(1000, generator=generator, dtype=torch.float64).to(target.device)
+        g = torch.randn(1000, generator=generator, dtype=torch.float64).to(swift_target.device)
         g -= g.dot(p.detach()) / p.detach().dot(p.detach()) * p.detach()
         p.grad = g / g.norm() / p.detach().norm()
         log10_stored_lr = optimizer.log10_lr()[0] - 2 * optimizer.param_groups[0]["scale_exponent"] * math.log10(2)

@@ -33,7 +33,9 @@ class Case:
 
     def same_operations(self, backend: str) -> bool:
         """In the reference, all but (1−τ)(g + λp), which is (1−τ)g + (1−τ)λp in a row. Kernels also add γb without
-        rounding it first."""
+        rounding it first, and Triton may or may not round any product before it is added."""
+        if backend == "triton":
+            return False
         if self.momentum == 0 or self.first:
             return True
         return backend == "reference" and (self.dampening == 0 or self.weight_decay == 0)
@@ -81,7 +83,8 @@ def test_one_step(target, case, dtype):
     buffer = case.momentum * b.abs() + (1 - case.dampening) * entering
     update = entering + case.momentum * buffer if case.nesterov else buffer
     assert ((actual[0] - expected[0]).abs() <= 2 * eps * (p.abs() + case.lr * update)).all()
-    assert ((actual[1] - expected[1]).abs() <= 3.5 * eps * buffer).all()
+    if case.momentum != 0:
+        assert ((actual[1] - expected[1]).abs() <= 3.5 * eps * buffer).all()
 
 
 LRS = {
@@ -97,18 +100,18 @@ BLENDS = list(itertools.product(MOMENTA, [0.0, 0.3], [False, True]))
 
 @pytest.mark.parametrize("lr", LRS)
 @pytest.mark.parametrize(("momentum", "dampening", "nesterov"), BLENDS)
-def test_250_steps(target, momentum, dampening, nesterov, lr):
+def test_250_steps(swift_target, momentum, dampening, nesterov, lr):
     """A network with nothing scale-invariant about it, some grads missing; rounding of 1e-16 a step is not
     amplified here, so 250 steps stay within 1e-12."""
 
     def train(make) -> nn.Module:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double().to(target.device)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double().to(swift_target.device)
         optimizer = make(model.parameters(), lr=0.1, weight_decay=1e-3)
         optimizer.param_groups[0].update(dampening=dampening, nesterov=nesterov)
         generator = torch.Generator().manual_seed(1)
         for t in range(250):
-            x = torch.randn(16, 6, generator=generator, dtype=torch.float64).to(target.device)
+            x = torch.randn(16, 6, generator=generator, dtype=torch.float64).to(swift_target.device)
             optimizer.zero_grad()
             mse_loss(model(x), x[:, :2] * x[:, 2:4]).backward()
             if t % 7 == 3 or t < 5:
@@ -117,5 +120,5 @@ def test_250_steps(target, momentum, dampening, nesterov, lr):
             optimizer.step()
         return model
 
-    for p, q in zip(train(target.sgd).parameters(), train(torch.optim.SGD).parameters(), strict=True):
+    for p, q in zip(train(swift_target.sgd).parameters(), train(torch.optim.SGD).parameters(), strict=True):
         assert relative_error(p, q) < 1e-12

@@ -87,11 +87,11 @@ def test_a_float32_buffer_of_a_bf16_parameter_stays_float32(target):
     )
 
 
-def test_pure_decay_of_bf16_weights(target):
+def test_pure_decay_of_bf16_weights(swift_target):
     """lr·λ = 5e-5 is below half an ulp of bf16: torch.optim.SGD leaves a weight at exactly 1. In a scale-invariant
     group the decay is in P, which is a float64."""
-    p = nn.Parameter(torch.ones(8, dtype=torch.bfloat16, device=target.device))
-    optimizer = target.sgd([p], lr=0.1, weight_decay=5e-4, scale_invariant=True)
+    p = nn.Parameter(torch.ones(8, dtype=torch.bfloat16, device=swift_target.device))
+    optimizer = swift_target.sgd([p], lr=0.1, weight_decay=5e-4, scale_invariant=True)
     p.grad = torch.zeros_like(p)
     for _ in range(10_000):
         optimizer.step()

@@ -6,8 +6,12 @@ Backends for the tensors of one device share a step: each tensor goes to the bes
 import functools
 import importlib
 import importlib.machinery
+import importlib.util
 import os
+import sys
+from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch  # also: its libraries before those of the core
 
@@ -17,14 +21,25 @@ OK = "ok"
 
 REINSTALL = "reinstall with TEXP_NATIVE=1 pip install --no-build-isolation ."
 
-NO_TRITON = "this version of texp has no Triton kernel (texp.kernels)"
-
 
 def _import(name: str) -> ModuleType | None:
     """texp.`name`, if it is in this folder: finders of editable installs would go on to look in another checkout."""
     full_name = f"texp.{name}"
     found = importlib.machinery.PathFinder.find_spec(full_name, [os.path.dirname(__file__)])
     return importlib.import_module(full_name) if found else None
+
+
+def _import_kernels() -> ModuleType:
+    """texp.kernels.launch, from this folder, or in a checkout from the one beside it."""
+    here = Path(__file__).parent
+    if "texp.kernels" not in sys.modules:
+        folder = next(f for f in (here / "kernels", here.parent / "kernels") if (f / "launch.py").exists())
+        spec = importlib.util.spec_from_file_location(
+            "texp.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules["texp.kernels"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["texp.kernels"])
+    return importlib.import_module("texp.kernels.launch")
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -68,9 +83,24 @@ def _cuda() -> str:
     return OK
 
 
+# Only when it is asked for: to import Triton takes longer than everything else here.
+@functools.cache
+def _triton_kernels() -> tuple[ModuleType | None, str]:
+    """texp.kernels.launch, or None and the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return None, "Triton is not installed; pip install triton"
+    try:
+        kernels = _import_kernels()
+    except ImportError as error:
+        return None, f"Triton is installed but does not load: {error}"
+    if not kernels.INTERPRETED and not torch.cuda.is_available():
+        return None, "there is no GPU that torch can use; with TRITON_INTERPRET=1 it steps tensors on the CPU, slowly"
+    return kernels, OK
+
+
 _REASONS = {
     "cuda": _cuda,
-    "triton": lambda: NO_TRITON,
+    "triton": lambda: _triton_kernels()[1],
     "cpu": lambda: _CORE,
     "reference": lambda: OK,
 }
@@ -82,7 +112,8 @@ def available() -> dict[str, str]:
 
 
 def core(name: str | None):
-    """The C++ core if backend=`name` uses it, None if steps are taken by `texp.reference` alone.
+    """What walks over the parameters in steps by backend=`name`: the C++ core, or texp.walk in its place, or None if
+    steps are taken by `texp.reference` alone.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that is not available: a
     backend that was asked for by name never falls back to another.
@@ -93,19 +124,34 @@ def core(name: str | None):
         reasons = available()
         usable = ", ".join(repr(other) for other in NAMES if reasons[other] == OK)
         raise RuntimeError(f"backend={name!r} was requested, but {reasons[name]}; available here: {usable}")
+    if name == "triton" and _C is None:
+        return importlib.import_module("texp.walk")
     return None if name == "reference" else _C
 
 
-def kernels(name: str | None) -> tuple[bool, bool]:
-    """Whether backend=`name` uses the kernel of the CPU, and that of CUDA devices. The latter has to be asked for: it
-    has not run on a GPU yet.
-    """
-    return name in (None, "cpu"), name == "cuda"
+class Kernels(NamedTuple):
+    """What steps by a backend are taken with."""
+
+    cpu: bool = False  # tensors on the CPU
+    cuda: bool = False  # and on GPUs
+    scale_on: str | None = None  # type of device that can hold P and κ
+    launcher: Any = None  # texp.kernels.launch.Launcher; None: the kernels of the core
+
+
+def kernels(name: str | None) -> Kernels:
+    """For a new optimizer. Those for GPUs have to be asked for: they have not run on one yet."""
+    if name == "triton":
+        module, _ = _triton_kernels()
+        interpreted = module.INTERPRETED
+        return Kernels(interpreted, not interpreted, "cpu" if interpreted else "cuda", module.Launcher())
+    if name == "cuda":
+        return Kernels(cuda=True, scale_on="cuda")
+    return Kernels(cpu=name != "reference")
 
 
 def is_capturable(name: str | None) -> bool:
     """Whether steps by backend=`name` can be captured in a graph."""
-    return kernels(name)[1]
+    return name in ("cuda", "triton")
 
 
 def check_capturable(name: str | None) -> None:

@@ -29,8 +29,8 @@ _ARGUMENTS = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """By name; of texp, each backend that is available, in ordinary and in exponential groups, and with its scale on the
-    device.
+    """By name; of texp, each backend that is available, in ordinary and in exponential groups, and with its
+    scale on the device.
 
     The reference backend is left out above 20 million parameters: it is there to be read, not to be fast, and would
     take most of the time.

@@ -34,12 +34,13 @@ def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
     numbers = ("lr", "momentum", "dampening", "weight_decay")
     flags = ("nesterov", "maximize", "scale_invariant")
     return Hyperparameters(
-        **{key: _number(key, group[key]) for key in numbers},
+        **{key: number(key, group[key]) for key in numbers},
         **{key: bool(group[key]) for key in flags},
     )
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """A hyperparameter as a float; raises TypeError for what is not a number."""
     if isinstance(value, Tensor):
         return value.item()
     if not hasattr(value, "__float__"):  # float() would read text

@@ -2,6 +2,7 @@
 backends (tensors); which row applies to which tensor is in `texp.plan` and csrc/bindings.cpp.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -127,7 +128,7 @@ class SGD(torch.optim.Optimizer):
 
     def _find_kernels(self) -> None:
         self._core = backends.core(self._backend)
-        self._on_cpu, self._on_cuda = backends.kernels(self._backend)
+        self._kernels = backends.kernels(self._backend)
         self._device: OnDevice | None = None  # P and κ, while they are there
         # Those that a graph knows by address; kept when a state dict is loaded.
         self._captured: list[OnDevice] = self.__dict__.get("_captured", [])
@@ -219,7 +220,7 @@ class SGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if self._on_cuda and self._step_on_device(scale, found_inf):
+        if self._kernels.scale_on and self._step_on_device(scale, found_inf):
             return loss
         self._leave_device()
         self._skipped = found_inf is not None and bool(found_inf)
@@ -234,7 +235,9 @@ class SGD(torch.optim.Optimizer):
             plan.step(self.param_groups, self.state, grad_scale)
         else:
             rest = plan.Rest(self._backend, self.param_groups, self.state)
-            if self._core.step(self.param_groups, self.state, grad_scale, rest.check, self._on_cpu, self._on_cuda):
+            cpu, cuda, _, launcher = self._kernels
+            kernel = launcher and launcher.step
+            if self._core.step(self.param_groups, self.state, grad_scale, rest.check, cpu, cuda, kernel):
                 rest.do()
         return loss
 
@@ -242,21 +245,23 @@ class SGD(torch.optim.Optimizer):
         """Takes a step of which the host does not know whether, or when, it is taken, if this is one: it may be
         skipped, or is captured in a graph. Returns whether it did.
         """
+        device_type, launcher = self._kernels.scale_on, self._kernels.launcher
         capturable = any(group["capturable"] for group in self.param_groups)
-        capturing = torch.cuda.is_current_stream_capturing()
+        capturing = device_type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing and not capturable:
             raise RuntimeError("a step can be captured with capturable=True; this one would be computed by the host")
-        if not capturable and not (isinstance(found_inf, Tensor) and found_inf.is_cuda):
+        if not capturable and not (isinstance(found_inf, Tensor) and found_inf.device.type == device_type):
             return False
         params = (p for group in self.param_groups for p in group["params"])
-        device = next((p.device for p in params if p.is_cuda), None)
-        why = "no parameter is on a CUDA device"
+        device = next((p.device for p in params if p.device.type == device_type), None)
+        why = "no parameter is on a GPU"
         if device is not None:
             if self._device is None or not self._device.is_of(self.param_groups, device):
                 if capturing:
                     raise RuntimeError("the first step of these groups cannot be captured: take one before it")
                 self._leave_device()
-                self._core.load_cuda_kernels(device.index)
+                if launcher is None:
+                    self._core.load_cuda_kernels(device.index)
                 self._device = OnDevice(self.param_groups, self.state, device)
             of = self._device
             of.restore(self.state)
@@ -266,8 +271,16 @@ class SGD(torch.optim.Optimizer):
                 None if x is None else torch.as_tensor(x, dtype=torch.float32, device=device)
                 for x in (scale, found_inf)
             )
+            kernel = launcher and functools.partial(
+                launcher.step_on_device,
+                started=of.started,
+                grad_scale=scale,
+                found_inf=found_inf,
+                capturing=capturing,
+                capturable=capturable,
+            )
             why = self._core.step_on_device(
-                self.param_groups, self.state, of.states, of.started, of.ticket, scale, found_inf, capturing
+                self.param_groups, self.state, of.states, of.started, of.ticket, scale, found_inf, capturing, kernel
             )
         if why is None:
             self._skipped = False if found_inf is None else found_inf

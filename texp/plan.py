@@ -1,5 +1,5 @@
-"""The host side of a step in Python: which row applies to which tensor. csrc/bindings.cpp does the same in C++,
-for the tensors that its kernel can take, and leaves the others to `Rest`.
+"""The host side of a step in Python: which row applies to which tensor. csrc/walk.h does the same in C++, for the
+tensors that its kernels can take, and leaves the others to `Rest`.
 """
 
 from collections.abc import Iterable
@@ -16,10 +16,18 @@ from texp.theory import KEEP, Hyperparameters, Row, Scale
 class Plan(NamedTuple):
     """What one step does to one group."""
 
+    index: int
     group: dict[str, Any]
     scale: Scale  # after the step
     work: dict[Row, list[Entry]]
+    stats: dict[Row, list[Entry]]  # norm_stats
     new_bufs: list[tuple[Tensor, Tensor]]
+
+    def finish(self, state: dict[Tensor, Any]) -> None:
+        """Keeps what the group needs for its next step."""
+        for param, buf in self.new_bufs:
+            state[param]["momentum_buffer"] = buf
+        groups.set_scale(self.group, self.scale)
 
 
 def step(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad_scale: float) -> None:
@@ -27,20 +35,22 @@ def step(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad_scal
 
     All of it is planned before any of it is done: an error leaves everything as it was.
     """
-    plans = [
-        _plan(index, group, state, grad_scale)
+    for plan in of_groups(param_groups, state, grad_scale):
+        for row, entries in (*plan.work.items(), *plan.stats.items()):
+            reference.apply(row, entries, foreach=plan.group["foreach"])
+        plan.finish(state)
+
+
+def of_groups(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad_scale: float) -> list[Plan]:
+    """Plans a step of the groups that take part in it; raises where one of them cannot, and changes nothing."""
+    return [
+        _of_group(index, group, state, grad_scale)
         for index, group in enumerate(param_groups)
         if any(p.grad is not None for p in group["params"])
     ]
-    for plan in plans:
-        for row, entries in plan.work.items():
-            reference.apply(row, entries, foreach=plan.group["foreach"])
-        for param, buf in plan.new_bufs:
-            state[param]["momentum_buffer"] = buf
-        groups.set_scale(plan.group, plan.scale)
 
 
-def _plan(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scale: float) -> Plan:
+def _of_group(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scale: float) -> Plan:
     if group["capturable"]:
         backends.check_capturable("reference")
     groups.check_step(index, group)
@@ -51,7 +61,7 @@ def _plan(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scal
         step = theory.advance(groups.scale_of(group), hyper, first=all_first(entries), grad_scale=grad_scale)
     except ValueError as error:
         raise ValueError(f"parameter group {index}: {error}") from None
-    plan = Plan(group, step.scale, {}, [])
+    plan = Plan(index, group, step.scale, {}, {}, [])
     for entry in entries:
         if entry.grad is None:
             row = step.idle
@@ -65,9 +75,10 @@ def _plan(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scal
         _check_sparse(index, hyper, row, entry)
         plan.work.setdefault(row, []).append(entry)
     for stat, power in group["norm_stats"]:
-        plan.work.setdefault(step.norm_stat(power), []).append(Entry(stat))
-    for nothing in (KEEP, Row()):
-        plan.work.pop(nothing, None)
+        plan.stats.setdefault(step.norm_stat(power), []).append(Entry(stat))
+    for work in (plan.work, plan.stats):
+        for nothing in (KEEP, Row()):
+            work.pop(nothing, None)
     return plan
 
 
