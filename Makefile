@@ -28,12 +28,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# torch is installed by its exact version, and only where there is none that is new enough: a range, like that of the
-# package itself, would fetch the newest.
+# torch and Triton are installed by their exact versions, and only where there are none: a range, like that of the package
+# itself, would fetch the newest. A torch for GPUs has brought a Triton that fits.
 $(READY): setup.py pyproject.toml Makefile $(wildcard csrc/*)
 	rm -f .ready-*
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch; assert torch.__version__ >= (2, 6)" 2>/dev/null || $(BIN)/pip install "torch==2.13.0"
+	$(BIN)/python -c "import sys; sys.platform == 'linux' and __import__('triton')" 2>/dev/null || $(BIN)/pip install "triton==3.6.0"
 	$(BIN)/pip install "setuptools>=77" ninja
 	$(BIN)/pip install --no-build-isolation -e ".[demo,test]"
 	touch $@

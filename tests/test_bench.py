@@ -102,8 +102,9 @@ def test_candidates_are_backends_of_the_device(monkeypatch):
     def of_texp(device: str, parameters: int) -> set[str]:
         names = list(bench.candidates(device, parameters))
         assert names[:3] == TORCH
-        ordinary = {name for name in names[3:] if not name.endswith(" exponential")}
-        assert set(names[3:]) == ordinary | {f"{name} exponential" for name in ordinary}
+        ordinary = {name for name in names[3:] if not name.endswith((" exponential", " capturable"))}
+        on_device = {f"{name} capturable" for name in ordinary & {"texp cuda", "texp triton"}}
+        assert set(names[3:]) == ordinary | {f"{name} exponential" for name in ordinary} | on_device
         return ordinary
 
     assert of_texp("cpu", 20_000_000) == {"texp cpu", "texp reference"}

@@ -64,7 +64,7 @@ def copy_of_the_sources(to: Path) -> Path:
 
 def environment(**changes: str) -> dict[str, str]:
     """This one without what may lead a new process to this checkout or to another build."""
-    without = ("PYTHONPATH", "TEXP_NATIVE", "TEXP_CUDA", "TEXP_CUDA_ARCHS")
+    without = ("PYTHONPATH", "TEXP_NATIVE", "TEXP_CUDA", "TEXP_CUDA_ARCHS", "TRITON_INTERPRET")
     return {key: value for key, value in os.environ.items() if key not in without} | changes
 
 

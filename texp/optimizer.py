@@ -1,5 +1,5 @@
 """texp.SGD: groups, state, checkpoints. The arithmetic of a step is in `texp.theory` (scalars) and in the
-backends (tensors); which row applies to which tensor is in `texp.plan` and csrc/bindings.cpp.
+backends (tensors); which row applies to which tensor is in `texp.plan` and csrc/walk.h.
 """
 
 import functools
@@ -39,10 +39,11 @@ class SGD(torch.optim.Optimizer):
             number c > 0. Their weight decay is then traded for a growing LR. Default False; usually set per
             group.
         backend: "reference", "cpu", "cuda" or "triton"; None, the default, takes the best one available, except
-            "cuda", which has to be named for now. One that is named never falls back.
-        capturable: keep P and κ on the CUDA device, so that a step captured in a graph replays the schedule.
+            "cuda" and "triton", which have to be named for now. One that is named never falls back. With
+            TRITON_INTERPRET=1 in the environment, "triton" takes tensors on the CPU, slowly.
+        capturable: keep P and κ on the GPU, so that a step captured in a graph replays the schedule.
             Hyperparameters may then be float32 or float64 tensors on the device; others are those of the
-            capture. Take a step before the capture. Needs backend="cuda"; default False.
+            capture. Take a step before each capture. Needs backend="cuda" or "triton"; default False.
 
     In a scale-invariant group the parameters hold Pθ, where θ are the weights that torch.optim.SGD would hold,
     and the momentum buffers (v − κθ)/P; `group["scale"]` is P, kept in [1, 2), `group["carried_decay"]` is κ.
@@ -55,7 +56,7 @@ class SGD(torch.optim.Optimizer):
     Each step multiplies them by the change of P^power. Give them after the model is on its device and in its
     dtype: ``model.to`` replaces its buffers.
 
-    With backend="cuda", P and κ are on the device while steps are captured or may be skipped by a GradScaler, and
+    With backend="cuda" or "triton", P and κ are on the device while steps are captured or may be skipped by a GradScaler, and
     what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr` and :meth:`state_dict`.
 
     A step modifies in place: parameters, momentum buffers, norm_stats. It never writes to a gradient. Under a
