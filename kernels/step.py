@@ -164,7 +164,7 @@ def advance(groups, first_of_group, tensors, rows, started, grad_scale, found_in
     growth = shrink / alpha
 
     P2 = P * P
-    sign = tl.where(maximize, -1.0, 1.0) / tl.load(grad_scale)
+    sign = tl.where(maximize, -1.0, 1.0) / tl.load(grad_scale).to(tl.float64)
     heavy_ball = direct == 0  # then d = u, and α·u + κc·η·d is u itself
     idle_a_p = alpha * (kappa - kappa_c / alpha) / P2
     r_u, r_d = tl.where(heavy_ball, 1.0, alpha) / shrink, tl.where(heavy_ball, 0.0, kappa_c * lr) / shrink

@@ -56,8 +56,9 @@ class SGD(torch.optim.Optimizer):
     Each step multiplies them by the change of P^power. Give them after the model is on its device and in its
     dtype: ``model.to`` replaces its buffers.
 
-    With backend="cuda" or "triton", P and κ are on the device while steps are captured or may be skipped by a GradScaler, and
-    what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr` and :meth:`state_dict`.
+    With backend="cuda" or "triton", P and κ are on the device while steps are captured or may be skipped by a
+    GradScaler, and what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr` and
+    :meth:`state_dict`.
 
     A step modifies in place: parameters, momentum buffers, norm_stats. It never writes to a gradient. Under a
     GradScaler it unscales the gradients while reading them; where the scaler found an inf or a NaN, nothing at

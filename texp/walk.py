@@ -107,7 +107,7 @@ class _DeviceWalk:
 
     def add(self, index: int, group: dict[str, Any], state: dict[Tensor, Any], slot: int) -> str | None:
         """Adds a group whose parameters have the slots from `slot` on, or says why the step cannot be taken."""
-        entries = [Entry(p, p.grad, plan.buf_of(state, p)) for p in group["params"]]
+        entries = [Entry(p, p.grad) for p in group["params"]]
         if self.capturing and not group["capturable"]:
             return "a group has capturable=False"
         if self.capturing and any(entry.grad is None for entry in entries):
@@ -123,6 +123,10 @@ class _DeviceWalk:
             groups.hyperparameters({**group, **known}).check()
         except ValueError as error:
             raise ValueError(f"parameter group {index}: {error}") from None
+        ordinary = not groups.is_exponential(group)
+        has_momentum = numbers[1] != (0.0, _HOST)
+        if has_momentum or not ordinary:
+            entries = [entry._replace(buf=plan.buf_of(state, entry.param)) for entry in entries]
         source = len(self.groups) // _GROUP.size
         if source > 0xFFFF:
             return "there are more than 65,535 groups"
@@ -133,8 +137,6 @@ class _DeviceWalk:
             *(bool(group[key]) for key in _FLAGS),
             plan.all_first(entries),
         )
-        ordinary = not groups.is_exponential(group)
-        has_momentum = numbers[1] != (0.0, _HOST)
         for i, entry in enumerate(entries, slot):
             if entry.grad is None and ordinary:
                 continue

@@ -1,0 +1,364 @@
+"""The Triton backend where Triton's interpreter takes its steps, and the walk in Python that feeds it."""
+
+import math
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import texp
+from tests.conftest import INTERPRETED, relative_error, same_bits
+from tests.test_core import ROWS, SIZES, applied, poisoned
+from tests.test_package import environment
+from tests.test_theory import hypers
+from texp import backends, tables, theory, walk
+from texp.on_device import OnDevice
+from texp.reference import Entry
+from texp.tables import Table
+from texp.theory import Scale
+
+REASON = backends.available()["triton"]
+if REASON == backends.OK and not INTERPRETED:
+    REASON = "Triton's interpreter is not asked for: TRITON_INTERPRET=1"
+interpreter = pytest.mark.skipif(REASON != backends.OK, reason=REASON)
+core = backends.core(None)
+needs_core = pytest.mark.skipif(core is None, reason=f"without the C++ core: {backends.available()['cpu']}")
+
+
+@interpreter
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("wide_buf", [False, True], ids=["own buf", "wide buf"])
+def test_every_element_is_written_once_and_no_other(wide_buf, name, offset):
+    """All dtypes in one step, aligned or not, with and without gradient and buffer, larger than a tile; of whole
+    numbers, so that nothing is rounded."""
+    table, checks = Table(), []
+    for dtype in tables._DTYPES:
+        wide = torch.promote_types(dtype, torch.float32) if wide_buf else dtype
+        for size in (*SIZES[::3], 8193):
+            start = (torch.arange(size) % 50 * 2).double()
+            for with_grad, with_buf in ((True, True), (size % 2 == 0, False), (False, True)):
+                p, p_storage = poisoned(start, dtype, offset)
+                b, b_storage = poisoned(start + 2, wide, offset)
+                g = torch.full((size + offset,), 4.0, dtype=dtype)[offset:]
+                table.add_fixed(Entry(p, g if with_grad else None, b if with_buf else None), ROWS[name])
+                p_next, b_next = applied(ROWS[name], start, 4.0 * with_grad, start + 2 if with_buf else 0.0)
+                # The table has addresses only.
+                checks += [(p, p_storage, p_next, g), (b, b_storage, b_next if with_buf else start + 2, g)]
+    backends.kernels("triton").launcher.step("cpu", table.tensors, table.rows())
+    for inside, storage, expected, _ in checks:
+        assert torch.equal(inside.double(), expected)
+        inside.fill_(-7.0)
+        assert (storage == -7.0).all()
+
+
+class Advanced:
+    """What the kernel `advance` makes of one group."""
+
+    KINDS = ("running", "starting", "unbuffered", "idle", "idle before its first step", "idle, unbuffered")
+    POWERS = (1.0, 2.0, 0.5, -3.0, 0.0)
+
+    def __init__(self, scale: Scale, hyper, begun: bool, unbuffered: bool, grad_scale: float, found_inf: float = 0.0):
+        from texp.kernels import step as kernels
+
+        self.state = torch.tensor([[scale.P, scale.kappa, 0, 0]], dtype=torch.float64)
+        self.state.view(torch.int64)[0, 2:] = torch.tensor([scale.exponent, begun])
+        self.started = torch.tensor([1, 0, 0, 1, 0, 0], dtype=torch.uint8)
+        buffered = {0: tables.BUFFERED, 1: tables.BUFFERED | tables.FRESH, 3: tables.BUFFERED, 4: tables.BUFFERED}
+        p, table = torch.zeros(1), Table()
+        for slot, kind in enumerate(self.KINDS):
+            of_kind = tables.IDLE if kind.startswith("idle") else tables.STEPPING
+            table.add(Entry(p), 0, of_kind, slot=slot, flags=buffered.get(slot, 0))
+        for power in self.POWERS:
+            table.add(Entry(p), 0, tables.STATISTIC, power=power)
+        numbers = struct.pack("=4d", hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay)
+        flags = (hyper.nesterov, hyper.maximize, hyper.scale_invariant, unbuffered)
+        group = walk._GROUP.pack(numbers, self.state.data_ptr(), 0, 0, 0, 0, *flags)
+        count = len(self.KINDS) + len(self.POWERS)
+        self.rows = torch.full((count, 10), math.nan, dtype=torch.float64)
+        kernels.advance[(1,)](
+            torch.frombuffer(bytearray(group), dtype=torch.int64),
+            torch.tensor([0, count]),
+            torch.frombuffer(table.tensors, dtype=torch.int64),
+            self.rows,
+            self.started,
+            torch.tensor([grad_scale]),
+            torch.tensor([found_inf]),
+            4,  # tensors at once: several rounds
+        )
+
+    def scale(self) -> Scale:
+        return Scale(self.state[0, 0].item(), int(self.state.view(torch.int64)[0, 2]), self.state[0, 1].item())
+
+
+@interpreter
+@given(
+    hyper=hypers,
+    P=st.floats(1, 2, exclude_max=True),
+    exponent=st.integers(-5, 5000),
+    kappa=st.floats(0, 100, allow_subnormal=False),
+    begun=st.booleans(),
+    unbuffered=st.booleans(),
+    grad_scale=st.sampled_from([1.0, 2.0**16, 3.0]),
+)
+def test_the_rows_on_the_device_have_the_bits_of_theory(hyper, P, exponent, kappa, begun, unbuffered, grad_scale):
+    """But for statistics with powers other than 1 and 2, by exp and log: within a few ulp."""
+    scale = Scale(P, exponent, kappa)
+    of = Advanced(scale, hyper, begun, unbuffered, grad_scale)
+    step = theory.advance(scale, hyper, first=unbuffered or not begun, grad_scale=grad_scale)
+    unread = step.idle._replace(r_u=0.0)  # it has a buffer of zeros, which stays so
+    expected = [step.running, step.first, step.running, step.idle, unread, step.idle]
+    assert of.rows[: len(expected)].tolist() == [list(row) for row in expected]
+    statistics = of.rows[len(expected) :]
+    for row, power in zip(statistics.tolist(), of.POWERS, strict=True):
+        expected_row = list(step.norm_stat(power))
+        assert row == expected_row or (power not in (1, 2) and row == pytest.approx(expected_row, rel=4e-15))
+    assert of.scale() == step.scale
+    momentum = hyper.momentum != 0
+    assert of.started.tolist() == [1, momentum, 0, 1, 0, 0]
+    assert of.state.view(torch.int64)[0, 3] == ((begun and not unbuffered) or momentum)
+
+
+@interpreter
+def test_an_overflow_advances_nothing():
+    hyper = theory.Hyperparameters(0.1, 0.9, 0.0, 0.1, scale_invariant=True)
+    of = Advanced(Scale(1.5, 3, 0.25), hyper, True, False, 1.0, found_inf=1.0)
+    assert of.scale() == Scale(1.5, 3, 0.25)
+    assert of.rows.isnan().all()
+    assert of.started.tolist() == [1, 0, 0, 1, 0, 0]
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_hyperparameters_on_the_device(dtype):
+    """All four of them, changed in place between steps; float32 ones are taken as what they are in float64."""
+
+    def run(make, **arguments) -> nn.Parameter:
+        p = nn.Parameter(torch.linspace(-1, 1, 5, dtype=torch.float64))
+        optimizer = texp.SGD([p], lr=0.1, momentum=0.5, scale_invariant=True, **arguments)
+        group = optimizer.param_groups[0]
+        numbers = {key: make(0.5) for key in ("lr", "momentum", "dampening", "weight_decay")}
+        group.update(numbers)
+        for t in range(6):
+            for key, value in zip(numbers, (0.1, 0.8, 0.25, 0.2), strict=True):
+                if isinstance(numbers[key], torch.Tensor):
+                    numbers[key].fill_(value / (t + 1))
+                else:
+                    group[key] = torch.tensor(value / (t + 1), dtype=dtype).item()
+            p.grad = torch.full_like(p, math.cos(t))
+            optimizer.step()
+        return p
+
+    on_device = run(lambda x: torch.tensor(x, dtype=dtype), backend="triton", capturable=True)
+    assert relative_error(on_device, run(lambda x: x, backend="reference")) < 1e-13
+
+
+def numbers_and_groups() -> tuple[list[nn.Parameter], list[dict]]:
+    """Every dtype and layout, in ordinary and exponential groups, some that stand at the same point."""
+    generator = torch.Generator().manual_seed(0)
+
+    def param(*shape, dtype=torch.float32) -> nn.Parameter:
+        return nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+
+    params = [param(3, 5), param(7, dtype=torch.bfloat16), param(0), param(), param(4, 3, dtype=torch.float64)]
+    params += [
+        nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)),
+        param(6, dtype=torch.half),
+    ]
+    params += [nn.Parameter(torch.randn(8, 4)[:, 1:3]), nn.Parameter(torch.randn(9)[1:])]
+    stats = [(torch.ones(3), 1), (torch.ones(4, dtype=torch.float64), 2.0), (torch.ones(2), 0.5)]
+    groups = [
+        {"params": params[:3], "momentum": 0.9, "weight_decay": 0.1},
+        {"params": params[3:5], "momentum": 0.9, "weight_decay": 0.1, "scale_invariant": True, "norm_stats": stats},
+        {"params": params[5:7], "lr": 0.3},
+        {"params": params[7:8], "momentum": 0.8, "nesterov": True, "scale_invariant": True, "weight_decay": 0.5},
+        {"params": params[8:], "momentum": 0.9, "weight_decay": 0.1},
+    ]
+    return params, groups
+
+
+def optimizer_in_mid_run() -> texp.SGD:
+    """With buffers, and gradients whose layout is not that of the parameters, one of them missing."""
+    params, groups = numbers_and_groups()
+    optimizer = texp.SGD(groups, lr=0.1, backend="reference")
+    for t in range(2):
+        for i, p in enumerate(params):
+            p.grad = None if (t, i) == (1, 3) else torch.full(p.shape, 0.5, dtype=p.dtype)
+        optimizer.step()
+    buf = optimizer.state[params[1]]
+    buf["momentum_buffer"] = buf["momentum_buffer"].float()
+    return optimizer
+
+
+def decoded(tensors: bytearray, rows: bytearray) -> list[tuple]:
+    """What a kernel is told of each tensor; copies, of which each walk makes its own, have no address here."""
+    by_index = list(struct.iter_unpack("=10d", rows))
+    return [
+        (numel, slot, kind, bits, by_index[source], bool(g), bool(b))
+        for _, g, b, numel, slot, source, kind, bits in tables._WITH_GRAD.iter_unpack(tensors)
+    ]
+
+
+@needs_core
+def test_both_walks_ask_the_same_of_a_kernel():
+    told = {}
+    for of in (core, walk):
+        torch.manual_seed(0)
+        optimizer = optimizer_in_mid_run()
+        calls = []
+        assert not of.step(optimizer.param_groups, optimizer.state, 4.0, None, True, False, recorder(calls))
+        ((device, tensors, rows),) = calls
+        told[of] = device, decoded(tensors, rows), [walk_scale(group) for group in optimizer.param_groups]
+    # The core takes a group's norm_stats after its parameters, the Python walk as well: even the order is the same.
+    assert told[core] == told[walk]
+
+
+def recorder(calls: list[tuple]):
+    return lambda *call: calls.append(call)
+
+
+def walk_scale(group: dict) -> tuple:
+    return group["scale"], group["scale_exponent"], group["carried_decay"]
+
+
+@needs_core
+@pytest.mark.parametrize("capturing", [False, True])
+def test_both_walks_on_a_device_make_the_same_tables(capturing):
+    """Byte for byte, where no tensor is copied; or give the same reason."""
+    torch.manual_seed(0)
+    params, groups = numbers_and_groups()
+    lr = torch.tensor(0.25)
+    groups[0]["lr"], groups[1]["weight_decay"] = lr, torch.tensor(0.125, dtype=torch.float64)
+    for group in groups:
+        group["capturable"] = True
+    optimizer = texp.SGD(groups, lr=0.1, backend="triton" if REASON == backends.OK else None)
+    for p in params[:7] + params[8:]:
+        p.grad = torch.ones_like(p)
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    if not capturing:
+        params[0].grad = params[3].grad = None
+        params[7].requires_grad_(False)
+    of_groups = OnDevice(optimizer.param_groups, optimizer.state, torch.device("cpu"))
+    told = []
+    for of in (core, walk):
+        calls = []
+        on_device = of_groups.states, of_groups.started, of_groups.ticket
+        arguments = (optimizer.param_groups, optimizer.state, *on_device, None, None, capturing, recorder(calls))
+        why = of.step_on_device(*arguments)
+        told.append((why, calls))
+    assert told[0] == told[1]
+    assert (told[0][0] is None) != capturing
+
+
+class TestUploads:
+    """Tables go to the device when anything in them has changed, and only then."""
+
+    @pytest.fixture
+    def run(self, monkeypatch):
+        if REASON != backends.OK:
+            pytest.skip(REASON)
+        from texp.kernels import launch
+
+        uploads = []
+        upload = launch._Tables._upload
+        monkeypatch.setattr(
+            launch._Tables, "_upload", lambda self, words: uploads.append(len(words)) or upload(self, words)
+        )
+        p = nn.Parameter(torch.arange(10.0))
+        p.grad = torch.ones(10)
+        optimizer = texp.SGD([p], lr=1.0, backend="triton")
+        optimizer.step()
+        assert len(uploads) == 1
+        return p, optimizer, uploads
+
+    def test_the_same_step_uploads_nothing(self, run):
+        p, optimizer, uploads = run
+        for _ in range(3):
+            optimizer.step()
+        assert len(uploads) == 1
+        assert torch.equal(p.detach(), torch.arange(10.0) - 4)
+
+    @pytest.mark.parametrize("change", ["lr", "gradient", "size", "dtype"])
+    def test_what_changes_is_uploaded(self, run, change):
+        """A size or a dtype also where the address stays the same."""
+        p, optimizer, uploads = run
+        if change == "lr":
+            optimizer.param_groups[0]["lr"] = 2.0
+            expected = torch.arange(10.0) - 3
+        elif change == "gradient":
+            p.grad = torch.full((10,), 5.0)
+            expected = torch.arange(10.0) - 6
+        elif change == "size":
+            whole = p.data
+            p.grad = None
+            p.data = whole[:4]
+            p.grad = torch.ones(4)
+            expected = torch.cat((torch.arange(4.0) - 2, torch.arange(4.0, 10.0) - 1))
+        else:
+            p.grad = None
+            p.data = p.data.view(torch.bfloat16)
+            p.data.fill_(1.0)
+            p.grad = torch.ones_like(p)
+            expected = torch.zeros(20, dtype=torch.bfloat16)
+        optimizer.step()
+        assert len(uploads) == 2
+        assert torch.equal(whole if change == "size" else p.detach(), expected)
+
+    def test_nothing_is_kept_of_a_step_that_failed(self, run, monkeypatch):
+        from texp.kernels import launch
+
+        p, optimizer, _ = run
+        before, upload = p.detach().clone(), launch._Tables._upload
+
+        def fail(self, words):
+            raise MemoryError
+
+        monkeypatch.setattr(launch._Tables, "_upload", fail)
+        optimizer.param_groups[0]["lr"] = 2.0
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                optimizer.step()
+        assert same_bits(p.detach(), before)
+        monkeypatch.setattr(launch._Tables, "_upload", upload)
+        optimizer.step()
+        assert torch.equal(p.detach(), before - 2)
+
+
+@interpreter
+def test_what_no_kernel_can_take_is_refused():
+    p = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    p.grad = torch.ones_like(p)
+    message = "backend='triton' was requested, but of a parameter of shape .* is not float32, float64, bfloat16 or fl"
+    with pytest.raises(RuntimeError, match=message):
+        texp.SGD([p], lr=0.1, backend="triton").step()
+
+
+@pytest.mark.parametrize(
+    ("native", "interpret", "reason"),
+    [("1", "0", "there is no GPU that torch can use; with TRITON_INTERPRET=1"), ("0", "1", "ok")],
+)
+def test_when_it_is_available(native, interpret, reason):
+    """Also without the C++ core."""
+    if "Triton is not installed" in REASON:
+        pytest.skip(REASON)
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    code = "from texp import backends; print(backends.available()['triton'])"
+    env = environment(TEXP_NATIVE=native, TRITON_INTERPRET=interpret)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(reason)
+
+
+def test_without_triton(monkeypatch):
+    backends._triton_kernels.cache_clear()
+    try:
+        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(RuntimeError, match="backend='triton' was requested, but Triton is not installed"):
+            texp.SGD([nn.Parameter(torch.ones(1))], backend="triton")
+    finally:
+        backends._triton_kernels.cache_clear()
