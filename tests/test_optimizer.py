@@ -259,12 +259,18 @@ class TestDifferentiable:
         assert texp.SGD([param()])._step_supports_amp_scaling is True
 
 
+MISSING = [name for name, reason in texp.backends.available().items() if reason != texp.backends.OK]
+
+
 class TestErrors:
     CASES = {
         "nan lr": ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
         "infinite decay": ({"weight_decay": math.inf}, ValueError, "Invalid weight_decay value: inf"),
         "unknown backend": ({"backend": "cudnn"}, ValueError, "one of 'cuda', 'triton', .*, got 'cudnn'"),
-        "missing backend": ({"backend": "triton"}, RuntimeError, "'triton' was requested, but .* no Triton kernel"),
+        **{
+            f"missing {name}": ({"backend": name}, RuntimeError, f"'{name}' was requested, but .*; available here: .*'ref")
+            for name in MISSING
+        },
         "capturable": ({"capturable": True}, RuntimeError, "capturable=True was requested, but the other"),
         "differentiable": (
             {"differentiable": True, "backend": "cpu"}, RuntimeError, "backend='cpu' .* differentiable step is torch"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.conftest import INTERPRETED, same_bits
 from texp import backends, reference
 from texp.reference import Entry
-from texp.tables import Table
+from texp.tables import Table, table_of
 from texp.theory import KEEP, Row
 
 ORDINARY = Row(a_b=0.9, a_g=1.0, a_p=0.01, c_u=1.0, e=0.1, r_u=1.0)
@@ -28,7 +28,7 @@ def triton(row, entries):
     table = Table()
     for entry in entries:
         table.add_fixed(entry, row)
-    backends.kernels("triton").launcher.step("cpu", table.tensors, table.rows())
+    backends.kernels("triton").launcher.step("cpu", table.tensors, table_of(table.sources))
     table.finish()
 
 

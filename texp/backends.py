@@ -112,8 +112,8 @@ def available() -> dict[str, str]:
 
 
 def core(name: str | None):
-    """What walks over the parameters in steps by backend=`name`: the C++ core, or texp.walk in its place, or None if
-    steps are taken by `texp.reference` alone.
+    """What walks over the parameters of a new optimizer in steps by backend=`name`: the C++ core, or a texp.walk.Walk
+    in its place, or None if steps are taken by `texp.reference` alone.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that is not available: a
     backend that was asked for by name never falls back to another.
@@ -125,7 +125,7 @@ def core(name: str | None):
         usable = ", ".join(repr(other) for other in NAMES if reasons[other] == OK)
         raise RuntimeError(f"backend={name!r} was requested, but {reasons[name]}; available here: {usable}")
     if name == "triton" and _C is None:
-        return importlib.import_module("texp.walk")
+        return importlib.import_module("texp.walk").Walk()
     return None if name == "reference" else _C
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from texp import backends, groups, reference, theory
 from texp.reference import Entry
-from texp.theory import KEEP, Hyperparameters, Row, Scale
+from texp.theory import KEEP, Hyperparameters, Row, Step
 
 
 class Plan(NamedTuple):
@@ -18,16 +18,25 @@ class Plan(NamedTuple):
 
     index: int
     group: dict[str, Any]
-    scale: Scale  # after the step
-    work: dict[Row, list[Entry]]
-    stats: dict[Row, list[Entry]]  # norm_stats
+    step: Step
+    first: bool  # no tensor of it has a momentum buffer yet
+    work: dict[str | float, list[Entry]]  # parameters by the name of their row in `step`, norm_stats by their power
     new_bufs: list[tuple[Tensor, Tensor]]
 
     def finish(self, state: dict[Tensor, Any]) -> None:
         """Keeps what the group needs for its next step."""
         for param, buf in self.new_bufs:
             state[param]["momentum_buffer"] = buf
-        groups.set_scale(self.group, self.scale)
+        groups.set_scale(self.group, self.step.scale)
+
+
+def row_of(step: Step, kind: str | float) -> Row:
+    """The row of a kind of `Plan.work`."""
+    return getattr(step, kind) if isinstance(kind, str) else step.norm_stat(kind)
+
+
+def changes_nothing(row: Row) -> bool:
+    return row in (KEEP, Row())
 
 
 def step(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad_scale: float) -> None:
@@ -36,8 +45,9 @@ def step(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad_scal
     All of it is planned before any of it is done: an error leaves everything as it was.
     """
     for plan in of_groups(param_groups, state, grad_scale):
-        for row, entries in (*plan.work.items(), *plan.stats.items()):
-            reference.apply(row, entries, foreach=plan.group["foreach"])
+        for kind, entries in plan.work.items():
+            if not changes_nothing(row := row_of(plan.step, kind)):
+                reference.apply(row, entries, foreach=plan.group["foreach"])
         plan.finish(state)
 
 
@@ -51,35 +61,37 @@ def of_groups(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad
 
 
 def _of_group(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scale: float) -> Plan:
-    if group["capturable"]:
-        backends.check_capturable("reference")
-    groups.check_step(index, group)
     _refuse_capture(index, group)
-    hyper = groups.hyperparameters(group)
     entries = [Entry(p, p.grad, buf_of(state, p)) for p in group["params"]]
-    try:
-        step = theory.advance(groups.scale_of(group), hyper, first=all_first(entries), grad_scale=grad_scale)
-    except ValueError as error:
-        raise ValueError(f"parameter group {index}: {error}") from None
-    plan = Plan(index, group, step.scale, {}, {}, [])
+    hyper, step = advance(index, group, all_first(entries), grad_scale)
+    plan = Plan(index, group, step, all_first(entries), {}, [])
     for entry in entries:
         if entry.grad is None:
-            row = step.idle
+            kind = "idle"
         elif entry.buf is None and hyper.momentum != 0:
-            row = step.first
+            kind = "first"
             entry = with_buf(entry)
             plan.new_bufs.append((entry.param, entry.buf))
         else:
-            row = step.running
-        _check_tensors(index, row, entry)
-        _check_sparse(index, hyper, row, entry)
-        plan.work.setdefault(row, []).append(entry)
+            kind = "running"
+        _check_tensors(index, row_of(step, kind), entry)
+        _check_sparse(index, hyper, row_of(step, kind), entry)
+        plan.work.setdefault(kind, []).append(entry)
     for stat, power in group["norm_stats"]:
-        plan.stats.setdefault(step.norm_stat(power), []).append(Entry(stat))
-    for work in (plan.work, plan.stats):
-        for nothing in (KEEP, Row()):
-            work.pop(nothing, None)
+        plan.work.setdefault(float(power), []).append(Entry(stat))
     return plan
+
+
+def advance(index: int, group: dict[str, Any], first: bool, grad_scale: float) -> tuple[Hyperparameters, Step]:
+    """What theory.advance says of a group, whose number stands in the errors."""
+    if group["capturable"]:
+        backends.check_capturable("reference")
+    groups.check_step(index, group)
+    hyper = groups.hyperparameters(group)
+    try:
+        return hyper, theory.advance(groups.scale_of(group), hyper, first=first, grad_scale=grad_scale)
+    except ValueError as error:
+        raise ValueError(f"parameter group {index}: {error}") from None
 
 
 class Rest:

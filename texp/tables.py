@@ -3,7 +3,7 @@ csrc/plan.h and csrc/launch.h do where there is a C++ core.
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor
@@ -72,21 +72,22 @@ def _extent(x: Tensor) -> int:
     return (sum(steps) + 1) * x.element_size()
 
 
+def table_of(rows: Iterable[Row]) -> bytearray:
+    return bytearray().join(struct.pack("=10d", *row) for row in rows)
+
+
 class Table:
     """Tensors for a kernel, in a table."""
 
     def __init__(self) -> None:
         self.tensors = bytearray()
-        self._rows: dict[Row, int] = {}
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        self._kept: list[Tensor] = []
+        self.sources: dict[Hashable, int] = {}  # what stands for a row, and its index
+        self.copies: list[Tensor] = []
         self._written: list[Tensor] = []
+        self._written_back: list[tuple[Tensor, Tensor]] = []
 
-    def rows(self) -> bytearray:
-        return bytearray().join(struct.pack("=10d", *row) for row in self._rows)
-
-    def add_fixed(self, entry: Entry, row: Row) -> None:
-        source = self._rows.setdefault(row, len(self._rows))
+    def add_fixed(self, entry: Entry, row: Hashable) -> None:
+        source = self.sources.setdefault(row, len(self.sources))
         if source > 0xFFFF:
             raise RuntimeError("a step on a GPU takes at most 65,535 different rows")
         self.add(entry, source, FIXED)
@@ -110,15 +111,15 @@ class Table:
 
     def finish(self) -> None:
         """What remains to be done after the kernel."""
-        for original, copy in self._copies:
+        for original, copy in self._written_back:
             original.copy_(copy)
         torch.autograd.graph.increment_version(self._written)
 
     def _copied(self, x: Tensor, copy: Tensor, *, write_back: bool) -> Tensor:
         copy.copy_(x)
-        self._kept.append(copy)
+        self.copies.append(copy)
         if write_back:
-            self._copies.append((x, copy))
+            self._written_back.append((x, copy))
         return copy
 
 

@@ -1,9 +1,8 @@
-"""Where there is no C++ core: what its functions `step` and `step_on_device` do, in Python, for kernels that read
-tables (texp.kernels.step).
-"""
+"""Where there is no C++ core: what it does in a step, in Python, for kernels that read tables (texp.kernels.step)."""
 
 import struct
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -12,86 +11,186 @@ from torch import Tensor
 from texp import groups, plan, tables
 from texp.reference import Entry
 from texp.tables import BUFFERED, FRESH, IDLE, STATISTIC, STEPPING, Table
-from texp.theory import Row
+from texp.theory import Step
 
+_POINT = itemgetter(
+    *("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "scale_invariant", "capturable"),
+    *groups.SCALE_KEYS,
+)
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 _FLAGS = ("nesterov", "maximize", "scale_invariant")
 
 _GROUP = struct.Struct("=32sQ4B4?8x")  # csrc/cuda.h
 _HOST, _FLOAT32, _FLOAT64 = range(3)  # where a number is
 
-
-def observed() -> bool:
-    """Whether a profiler or another observer is to see the next step: without the core there is no telling."""
-    return True
+_WATCHED = "the parameter is stepped under a TorchDispatchMode, which is to see what happens to it"
 
 
-@torch.no_grad()
-def step(
-    param_groups: list[dict[str, Any]],
-    state: dict[Tensor, Any],
-    grad_scale: float,
-    check: Callable[[Iterable[tuple]], object],
-    cpu: bool,
-    cuda: bool,
-    kernel: Callable[[str, bytearray, bytearray], object],
-) -> list[tuple]:
-    """Takes a step of all tensors that a kernel can take, and returns the others; see csrc/bindings.cpp."""
-    plans = plan.of_groups(param_groups, state, grad_scale)
-    made, left = {}, []
-    shared = tables.that_share_memory(entry for p in plans for entries in _work(p) for entry in entries[1])
-    for p in plans:
-        for row, entries, of_params in _work(p):
-            for entry in entries:
-                why = tables.refusal(entry, cpu, cuda, shared)
-                if why is None:
-                    made.setdefault(str(entry.param.device), Table()).add_fixed(entry, row)
-                else:
-                    left.append((p.index, why if of_params else None, row, *entry, False))
-    if left:
-        check(left)
-    for device, table in made.items():
-        kernel(device, table.tensors, table.rows())
-        table.finish()
-    for p in plans:
-        p.finish(state)
-    return left
+class Walk:
+    """Takes the place of the core in one optimizer."""
+
+    def __init__(self) -> None:
+        self._last: _Last | None = None
+
+    def observed(self) -> bool:
+        """Whether a profiler or another observer is to see the next step: without the core there is no telling."""
+        return True
+
+    @torch.no_grad()
+    def step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        grad_scale: float,
+        check: Callable[[Iterable[tuple]], object],
+        cpu: bool,
+        cuda: bool,
+        kernel: Callable[[str, bytearray, bytearray], object],
+    ) -> list[tuple]:
+        """Takes a step of all tensors that a kernel can take, and returns the others; see csrc/bindings.cpp."""
+        watched = torch._C._len_torch_dispatch_stack() > 0
+        key = None if watched else _key(param_groups, state)
+        if key is not None and self._last is not None and key == self._last.key:
+            steps = self._last.advance(param_groups, grad_scale)
+            if self._last.serves(steps):
+                self._last.run(steps, kernel)
+                for index, step in steps.items():
+                    groups.set_scale(param_groups[index], step.scale)
+                return []
+        self._last = None  # and with it what it holds
+        plans = plan.of_groups(param_groups, state, grad_scale)
+        last, left = _Last(key, plans), []
+        work = [(p, kind, entry) for p in plans for kind in last.kinds[p.index] for entry in p.work[kind]]
+        shared = tables.that_share_memory(entry for _, _, entry in work)
+        for p, kind, entry in work:
+            why = _WATCHED if watched else tables.refusal(entry, cpu, cuda, shared)
+            if why is None:
+                last.add(entry, p.index, kind)
+            else:
+                of_param = isinstance(kind, str)
+                left.append((p.index, why if of_param else None, plan.row_of(p.step, kind), *entry, False))
+        if left:
+            check(left)
+        last.run({p.index: p.step for p in plans}, kernel)
+        for p in plans:
+            p.finish(state)
+        if key is not None and not left and not any(table.copies for table in last.tables.values()):
+            self._last = last
+        return left
+
+    @torch.no_grad()
+    def step_on_device(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        states: Tensor,
+        started: Tensor,
+        ticket: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        capturing: bool,
+        kernel: Callable[[bytearray, bytearray], object],
+    ) -> str | None:
+        """Takes a step of groups whose scales are on a device, or says why it cannot be taken in this way and changes
+        nothing; see csrc/bindings.cpp. The kernel is called with the tables alone.
+        """
+        walk = _DeviceWalk(states, capturing)
+        slot = 0
+        for index, group in enumerate(param_groups):
+            if (why := walk.add(index, group, state, slot)) is not None:
+                return why
+            slot += len(group["params"])
+        if tables.that_share_memory(walk.entries):
+            return "parameters, buffers or norm_stats share memory"
+        if walk.table.tensors:
+            kernel(walk.table.tensors, walk.groups)
+        walk.table.finish()
+        for param, buf in walk.new_bufs:
+            state[param]["momentum_buffer"] = buf
+        return None
 
 
-def _work(p: plan.Plan) -> list[tuple[Row, list[Entry], bool]]:
-    """Rows, what they apply to, and whether those are parameters."""
-    return [(*work, True) for work in p.work.items()] + [(*work, False) for work in p.stats.items()]
-
-
-@torch.no_grad()
-def step_on_device(
-    param_groups: list[dict[str, Any]],
-    state: dict[Tensor, Any],
-    states: Tensor,
-    started: Tensor,
-    ticket: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    capturing: bool,
-    kernel: Callable[[bytearray, bytearray], object],
-) -> str | None:
-    """Takes a step of groups whose scales are on a device, or says why it cannot be taken in this way and changes
-    nothing; see csrc/bindings.cpp. The kernel is called with the tables alone.
+def _key(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> tuple | None:
+    """What a step is told of its tensors: where two steps have the same, the second can be taken as the first was.
+    None where that cannot be told in short.
     """
-    walk = _DeviceWalk(states, capturing)
-    slot = 0
-    for index, group in enumerate(param_groups):
-        if (why := walk.add(index, group, state, slot)) is not None:
-            return why
-        slot += len(group["params"])
-    if tables.that_share_memory(walk.entries):
-        return "parameters, buffers or norm_stats share memory"
-    if walk.table.tensors:
-        kernel(walk.table.tensors, walk.groups)
-    walk.table.finish()
-    for param, buf in walk.new_bufs:
-        state[param]["momentum_buffer"] = buf
-    return None
+    params = [p for group in param_groups for p in group["params"]]
+    stats = [stat for group in param_groups for stat in group["norm_stats"]]
+    grads = [p.grad for p in params]
+    bufs = [values and values.get("momentum_buffer") for values in map(state.get, params)]
+    written = params + [b for b in bufs if b is not None] + [stat for stat, _ in stats]
+    present = [g for g in grads if g is not None]
+    tensors = written + present
+    try:
+        return (
+            [(len(group["params"]), len(group["norm_stats"]), bool(group["momentum"])) for group in param_groups],
+            [power for _, power in stats],
+            [g is None for g in grads],
+            [b is None for b in bufs],
+            list(map(id, written)),  # these the last step holds, so that nothing else can have their ids
+            list(map(type, present)),
+            list(map(Tensor.is_neg, present)),
+            *(list(map(of, tensors)) for of in _METADATA),
+        )
+    except (RuntimeError, TypeError, AttributeError, ValueError):
+        return None  # a sparse tensor has no address, odd norm_stats are no pairs
+
+
+_METADATA = (Tensor.data_ptr, Tensor.size, Tensor.stride, Tensor.dtype.__get__)
+
+
+def _equal(x: Any, y: Any) -> bool:
+    """Of numbers, flags and lists that are empty; no two tensors are."""
+    return type(x) is type(y) and type(x) in (float, int, bool, list) and x == y and (type(x) is not list or not x)
+
+
+class _Last:
+    """A step that can be taken again, with other numbers, as long as its tensors are the same."""
+
+    def __init__(self, key: tuple | None, plans: list[plan.Plan]) -> None:
+        self.key = key
+        self.tables: dict[str, Table] = {}  # by device
+        self._first = {p.index: p.first for p in plans}
+        self._all_kinds = {p.index: list(p.work) for p in plans}
+        self.kinds = self._kinds({p.index: p.step for p in plans})  # that change something, by the index of the group
+
+    def add(self, entry: Entry, index: int, kind: str | float) -> None:
+        self.tables.setdefault(str(entry.param.device), Table()).add_fixed(entry, (index, kind))
+
+    def advance(self, param_groups: list[dict[str, Any]], grad_scale: float) -> dict[int, Step]:
+        steps: dict[int, Step] = {}
+        before, step = None, None
+        for index, first in self._first.items():
+            # Groups in a row that stand at the same point are advanced, and checked, once.
+            point = (first, param_groups[index]["norm_stats"], *_POINT(param_groups[index]))
+            if step is None or any(x is not y and not _equal(x, y) for x, y in zip(point, before, strict=True)):
+                _, step = plan.advance(index, param_groups[index], first, grad_scale)
+            steps[index], before = step, point
+        return steps
+
+    def serves(self, steps: dict[int, Step]) -> bool:
+        """Whether the same rows change something as before, and all are within the range of float32."""
+        return self._kinds(steps) == self.kinds and all(
+            abs(x) <= _MOST
+            for index, kinds in self.kinds.items()
+            for kind in kinds
+            for x in plan.row_of(steps[index], kind)
+        )
+
+    def run(self, steps: dict[int, Step], kernel: Callable[[str, bytearray, bytearray], object]) -> None:
+        for device, table in self.tables.items():
+            rows = (plan.row_of(steps[index], kind) for index, kind in table.sources)
+            kernel(device, table.tensors, tables.table_of(rows))
+            table.finish()
+
+    def _kinds(self, steps: dict[int, Step]) -> dict[int, list[str | float]]:
+        return {
+            index: [kind for kind in kinds if not plan.changes_nothing(plan.row_of(steps[index], kind))]
+            for index, kinds in self._all_kinds.items()
+        }
+
+
+_MOST = torch.finfo(torch.float32).max
 
 
 class _DeviceWalk:
