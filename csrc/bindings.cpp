@@ -40,8 +40,13 @@ py::list step(const py::list& groups, const py::dict& state, double grad_scale, 
   walk.walk(groups, state, grad_scale, cpu, cuda, kernel);
   const py::list left = walk.left();
   if (PyList_GET_SIZE(left.ptr()) != 0) check(left);
-  walk.find_states(state);
-  walk.run();
+  try {
+    walk.find_states(state);
+    walk.run();
+  } catch (...) {
+    walk.drop_states(state);
+    throw;
+  }
   return left;
 }
 
@@ -59,7 +64,12 @@ py::object step_on_device(const py::list& groups, const py::dict& state, const p
   const OnDevice on_device{tensor(states), tensor(started), tensor(ticket)};
   DeviceWalk walk(on_device, capturing, kernel);
   if (const char* why = walk.walk(groups, state)) return py::str(why);
-  walk.run(optional(grad_scale), optional(found_inf));
+  try {
+    walk.run(optional(grad_scale), optional(found_inf));
+  } catch (...) {
+    walk.drop_states(state);
+    throw;
+  }
   return py::none();
 }
 

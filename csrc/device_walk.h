@@ -50,11 +50,13 @@ class DeviceWalk {
     if (plan_.has_shared_memory()) return "parameters, buffers or norm_stats share memory";
     // From here on Python code may run: state is made for new buffers, or the kernel is called.
     if (!new_bufs_.empty() || !kernel_.is_none()) plan_.hold();
-    for (NewBuf& made : new_bufs_) {
-      made.values = state[made.param];
-      if (!PyDict_Check(made.values.ptr())) throw py::type_error("optimizer.state must hold a dict for each parameter");
-    }
+    for (NewBuf& made : new_bufs_) made.values = values_of(state, made.param);
     return nullptr;
+  }
+
+  // Takes back the states that `walk` made, after an error.
+  void drop_states(const py::dict& state) {
+    for (NewBuf& made : new_bufs_) drop_if_empty(state, made.param);
   }
 
   // grad_scale, found_inf: float32 on the device; null: none.

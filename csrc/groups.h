@@ -91,6 +91,19 @@ struct StoredScale {
   }
 };
 
+// optimizer.state[param], which makes what is missing.
+inline py::object values_of(const py::dict& state, py::handle param) {
+  py::object values = state[param];
+  if (!PyDict_Check(values.ptr())) throw py::type_error("optimizer.state must hold a dict for each parameter");
+  return values;
+}
+
+inline void drop_if_empty(const py::dict& state, py::handle param) {
+  PyObject* values = PyDict_GetItemWithError(state.ptr(), param.ptr());
+  if (values != nullptr && PyDict_Check(values) && PyDict_GET_SIZE(values) == 0) PyDict_DelItem(state.ptr(), param.ptr());
+  PyErr_Clear();
+}
+
 struct Param {
   PyObject* object;
   bool exact;                     // a torch.Tensor or Parameter

@@ -329,10 +329,13 @@ class CurrentDevice {
   }
   CurrentDevice(const CurrentDevice&) = delete;
 
-  cudaError_t error;
-
  private:
   int before_ = 0;
+
+ public:
+  cudaError_t error;  // after before_, which is written while this is initialised
+
+ private:
   bool changed_;
 };
 

@@ -104,10 +104,12 @@ class Walk {
 
   // Finds, or makes, where the new buffers are going to be.
   void find_states(const py::dict& state) {
-    for (NewBuf& made : new_bufs_) {
-      made.values = state[py::handle(made.param)];
-      if (!PyDict_Check(made.values.ptr())) throw py::type_error("optimizer.state must hold a dict for each parameter");
-    }
+    for (NewBuf& made : new_bufs_) made.values = values_of(state, made.param);
+  }
+
+  // Takes back what find_states made, after an error.
+  void drop_states(const py::dict& state) {
+    for (NewBuf& made : new_bufs_) drop_if_empty(state, made.param);
   }
 
   void run() {

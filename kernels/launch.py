@@ -49,24 +49,29 @@ class _Tables:
         self.device = torch.device(device)
         self._stream: int | None = None
         self._known: tuple[bytearray, ...] = ()
-        self._sizes = torch.empty(0)
+        self._sizes: Tensor | None = None  # of the tensors that the launches are for
         self._spare: Tensor | None = None  # pinned memory for the next capture
         self._captured: list = []  # what graphs read when they are replayed
         self._on_device: list[Tensor] = []
         self._launches: list[Launch] = []
-        self.nothing = torch.zeros(1, device=device), torch.ones(1, device=device)  # found_inf and grad_scale
+        # For found_inf and grad_scale where there is none.
+        self.zero = torch.zeros(1, dtype=torch.float32, device=device)
+        self.one = torch.ones(1, dtype=torch.float32, device=device)
 
     def of(self, *tables: bytearray, capturing: bool = False) -> tuple[list[Tensor], list[Launch]]:
         """The tables on the device, those of tensors first, and the launches that cover all tensors."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
         if capturing:
-            made = self._made(tables, self._captured_upload)
-            self._captured.append(made)
-            return made
+            on_device, launches, _ = self._made(tables, self._captured_upload)
+            self._captured.append((on_device, launches))
+            return on_device, launches
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
         if self._known != tables or self._stream != stream:
-            keep = self._stream == stream
+            if self._stream != stream:
+                self._sizes = None
             self._known, self._stream = (), stream  # should an error come in between
-            self._on_device, self._launches = self._made(tables, self._upload, self._launches if keep else [])
+            self._on_device, self._launches, self._sizes = self._made(
+                tables, self._upload, self._sizes, self._launches
+            )
             self._known = tables
         return self._on_device, self._launches
 
@@ -76,22 +81,19 @@ class _Tables:
         if self.device.type == "cuda" and (self._spare is None or self._spare.numel() < needed):
             self._spare = torch.empty(needed, dtype=torch.int64, pin_memory=True)
 
-    def _made(self, tables, upload, known_launches=()) -> tuple[list[Tensor], list[Launch]]:
-        words = [torch.frombuffer(table, dtype=torch.int64) for table in tables]
-        tensors = words[0].view(-1, _TENSOR)
-        sizes = torch.stack((tensors[:, 3], tensors[:, 4] >> 56 & 15))
-        if known_launches and torch.equal(sizes, self._sizes):
-            on_device = upload(torch.cat(words))
-            launches = known_launches
-        else:
-            tiles = _tiles(*sizes)
-            on_device = upload(torch.cat(words + list(tiles.values())))
-            at, launches = sum(map(len, words)), []
-            for types, table in tiles.items():
-                launches.append(Launch(types, on_device[at : at + len(table)]))
-                at += len(table)
-            self._sizes = sizes
-        return list(on_device[: sum(map(len, words))].split([len(table) for table in words])), launches
+    def _made(self, tables, upload, known_sizes=None, known_launches=()) -> tuple[list[Tensor], list[Launch], Tensor]:
+        """The tables, the launches, and the sizes that those are for; for the same ones they are not made again."""
+        with torch.device("cpu"):
+            words = [torch.frombuffer(table, dtype=torch.int64) for table in tables]
+            tensors = words[0].view(-1, _TENSOR)
+            sizes = torch.stack((tensors[:, 3], tensors[:, 4] >> 56 & 15))
+            same = known_sizes is not None and torch.equal(sizes, known_sizes)
+            tiles = {} if same else _tiles(*sizes)
+            whole = torch.cat(words + list(tiles.values()))
+        lengths = [len(table) for table in (*words, *tiles.values())]
+        on_device = upload(whole).split(lengths)
+        made = [Launch(types, table) for types, table in zip(tiles, on_device[len(words) :], strict=True)]
+        return list(on_device[: len(words)]), known_launches if same else made, sizes
 
     def _upload(self, words: Tensor) -> Tensor:
         return words if self.device.type == "cpu" else words.pin_memory().to(self.device, non_blocking=True)
@@ -157,17 +159,19 @@ class Launcher:
             capturable: whether one may be captured next.
         """
         tables = self._tables_of(str(started.device))
-        nothing, one = tables.nothing
-        found_inf, grad_scale = nothing if found_inf is None else found_inf, one if grad_scale is None else grad_scale
+        found_inf = tables.zero if found_inf is None else found_inf
+        grad_scale = tables.one if grad_scale is None else grad_scale
         count = len(groups) // 8 // _GROUP
-        source = torch.frombuffer(tensors, dtype=torch.int64).view(-1, _TENSOR)[:, 4] >> 32 & 0xFFFF
-        first = array("q", torch.searchsorted(source, torch.arange(count + 1)).tolist())
+        with torch.device("cpu"):
+            source = torch.frombuffer(tensors, dtype=torch.int64).view(-1, _TENSOR)[:, 4] >> 32 & 0xFFFF
+            first = array("q", torch.searchsorted(source, torch.arange(count + 1)).tolist())
         (on_device, on_device_groups, on_device_first), launches = tables.of(
             tensors, groups, bytearray(first.tobytes()), capturing=capturing
         )
         rows = torch.empty(len(source) * _ROW, dtype=torch.float64, device=started.device)
         arguments = (on_device_groups, on_device_first, on_device, rows, started, grad_scale, found_inf)
-        _launch(kernels.advance, (count, 1, 1), started.device, *arguments, _TENSORS_OF_A_GROUP)
+        # Not fused: P and κ are to have the bits that the host computes.
+        _launch(kernels.advance, count, started.device, *arguments, _TENSORS_OF_A_GROUP, enable_fp_fusion=False)
         self._step(launches, on_device, rows, found_inf, on_device=True)
         if capturable and not capturing:
             tables.prepare_capture()
@@ -181,23 +185,24 @@ class Launcher:
         for types, tiles in launches:
             param, buf = _TYPES[types & 3], _TYPES[types >> 2]
             arguments = (tensors, tiles, rows, found_inf, param, buf, tile_of(param), on_device)
-            _launch(kernels.step, (len(tiles), 1, 1), tensors.device, *arguments)
+            _launch(kernels.step, len(tiles), tensors.device, *arguments)
 
 
 _compiled: dict[tuple, object] = {}
 
 
-def _launch(kernel, grid: tuple[int, int, int], device: torch.device, *arguments) -> None:
+def _launch(kernel, programs: int, device: torch.device, *arguments, **options) -> None:
     """Launches through the kernel that the first launch has compiled: Triton's own look-up costs several times as
     much as a launch."""
-    constants = tuple(x for x in arguments if not isinstance(x, Tensor))
-    key = (kernel, device, constants)
+    grid = (programs, 1, 1)
     if INTERPRETED:
         with numpy.errstate(all="ignore"):  # a GPU does not warn of infinities either
             kernel[grid](*arguments)
-    elif (compiled := _compiled.get(key)) is not None:
-        with torch.cuda.device(device):
+        return
+    # What a kernel is compiled for, and nothing else: it is told to assume no alignment.
+    key = (kernel, device, *(x.dtype if isinstance(x, Tensor) else x for x in arguments))
+    with torch.cuda.device(device):
+        if (compiled := _compiled.get(key)) is not None:
             compiled[grid](*arguments)
-    else:
-        with torch.cuda.device(device):
-            _compiled[key] = kernel[grid](*arguments, num_warps=_WARPS)
+        else:
+            _compiled[key] = kernel[grid](*arguments, num_warps=_WARPS, **options)

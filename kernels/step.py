@@ -87,8 +87,11 @@ def step(
     if ((p | g | b) & 15) == 0:
         whole = count // VECTOR * VECTOR
         offsets = tl.arange(0, TILE)
-        aligned_p, aligned_g = tl.multiple_of(p_at, 16), tl.multiple_of(g_at, 16)
-        _update(row, aligned_p, aligned_g, tl.multiple_of(b_at, 16), offsets, offsets < tl.multiple_of(whole, 16), T)
+        # Pointers of their own, for what is said of them holds in this branch only.
+        aligned_p = tl.multiple_of(p.to(tl.pointer_type(P)), 16)
+        aligned_g = tl.multiple_of(g.to(tl.pointer_type(P)), 16)
+        aligned_b = tl.multiple_of(b.to(tl.pointer_type(B)), 16)
+        _update(row, aligned_p, aligned_g, aligned_b, offsets, offsets < tl.multiple_of(whole, 16), T)
         if whole < count:
             rest = whole + tl.arange(0, VECTOR)
             _update(row, p_at, g_at, b_at, rest, rest < count, T)
@@ -190,7 +193,8 @@ def advance(groups, first_of_group, tensors, rows, started, grad_scale, found_in
         a_b = tl.where(runs, keep, tl.where(idle, alpha, 0.0))
         a_g = tl.where(runs, enter * sign, tl.where(starts, sign, 0.0))
         a_p = tl.where(runs, kappa_running, kappa_first) - kappa_c
-        a_p = tl.where(steps, a_p / P2, tl.where(idle, idle_a_p, 0.0))
+        # The buffer of a tensor that has not taken its first step stays 0.
+        a_p = tl.where(steps, a_p / P2, tl.where(idle & (unstarted == 0), idle_a_p, 0.0))
         row = rows + 10 * i
         tl.store(row, a_b, mask)
         tl.store(row + 1, a_g, mask)
@@ -200,12 +204,12 @@ def advance(groups, first_of_group, tensors, rows, started, grad_scale, found_in
         tl.store(row + 5, tl.where(steps, (mu - mu_c) / P2, 0.0), mask)
         tl.store(row + 6, tl.where(steps, shrink, tl.where(idle, growth, grown)), mask)
         tl.store(row + 7, tl.where(steps, P2 * lr / alpha * shrink, 0.0), mask)
-        # The buffer of a tensor that has not taken its first step stays 0.
-        tl.store(row + 8, tl.where(steps, r_u, tl.where(idle & (unstarted == 0), 1 / shrink, 0.0)), mask)
+        tl.store(row + 8, tl.where(steps, r_u, tl.where(idle, 1 / shrink, 0.0)), mask)
         tl.store(row + 9, tl.where(steps, r_d, 0.0), mask)
         tl.store(started + slot, 1, mask & (kind == kind_with_momentum) & buffered)
         at += BLOCK
 
+    tl.debug_barrier()  # all threads have read the state
     tl.store(state, P / alpha * shrink)
     tl.store(state + 1, kappa_c / alpha)
     tl.store(counts + 2, exponent + tl.where(halves, 1, 0))

@@ -84,7 +84,7 @@ def kernel(tmp_path_factory):
     command += [f"-I{ROOT / 'tests' / 'cuda_on_host'}", f"-I{ROOT / 'csrc'}", "-x", "c++"]
     subprocess.run([*command, str(ROOT / "csrc" / "step_cuda.cu"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.texp_cuda_step.restype = ctypes.c_char_p
+    loaded.texp_cuda_step.restype = loaded.texp_cuda_load.restype = ctypes.c_char_p
     loaded.texp_cuda_step.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64) + (
         ctypes.c_void_p,
     ) * 3
@@ -117,6 +117,22 @@ def apply(kernel, entries: list[tuple[Row, Entry]]) -> int:
     )
     assert error is None
     return kernel.launches_so_far() - before
+
+
+@pytest.mark.parametrize("current", [0, 1, 2])
+@pytest.mark.parametrize("device", [0, 1])
+def test_it_launches_on_the_device_of_the_tensors(kernel, current, device):
+    """And leaves the device current that was."""
+    kernel.cudaSetDevice(current)
+    try:
+        row, tensor = (ctypes.c_double * 10)(*Row()), ctensor(Entry(torch.ones(3)), 0)
+        assert kernel.texp_cuda_step(device, None, ctypes.byref(tensor), 1, row, None, None) is None
+        assert kernel.launched_on() == device
+        assert kernel.current_device() == current
+        assert kernel.texp_cuda_load(device) is None
+        assert kernel.current_device() == current
+    finally:
+        kernel.cudaSetDevice(0)
 
 
 HYPERS = [

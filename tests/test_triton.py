@@ -13,6 +13,7 @@ from torch import nn
 
 import texp
 from tests.conftest import INTERPRETED, relative_error, same_bits
+from tests.states import assert_unchanged, snapshot
 from tests.test_core import ROWS, SIZES, applied, poisoned
 from tests.test_package import environment
 from tests.test_theory import hypers
@@ -113,7 +114,7 @@ def test_the_rows_on_the_device_have_the_bits_of_theory(hyper, P, exponent, kapp
     scale = Scale(P, exponent, kappa)
     of = Advanced(scale, hyper, begun, unbuffered, grad_scale)
     step = theory.advance(scale, hyper, first=unbuffered or not begun, grad_scale=grad_scale)
-    unread = step.idle._replace(r_u=0.0)  # it has a buffer of zeros, which stays so
+    unread = step.idle._replace(a_p=0.0)  # it has a buffer of zeros, which stays so
     expected = [step.running, step.first, step.running, step.idle, unread, step.idle]
     assert of.rows[: len(expected)].tolist() == [list(row) for row in expected]
     statistics = of.rows[len(expected) :]
@@ -381,6 +382,100 @@ class TestUploads:
         monkeypatch.setattr(launch._Tables, "_upload", upload)
         optimizer.step()
         assert torch.equal(p.detach(), before - 2)
+
+
+@interpreter
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("of", ["core", "walk"])
+def test_a_launch_that_fails_changes_nothing(monkeypatch, of, capturable):
+    """No momentum buffer is left behind either."""
+    if of == "core" and core is None:
+        pytest.skip("without the C++ core")
+    from texp.kernels import launch
+
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    optimizer = texp.SGD(
+        [nn.Parameter(torch.ones(3))], 0.1, 0.9, scale_invariant=True, backend="triton", capturable=capturable
+    )
+    if of == "walk":
+        optimizer._core = Walk()
+    (p,) = optimizer.param_groups[0]["params"]
+    p.grad = torch.ones(3)
+    monkeypatch.setattr(launch, "_launch", fail)
+    before = snapshot(optimizer)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert not optimizer.state
+    assert_unchanged(optimizer, before)
+
+
+REFUSED = {
+    "expanded": lambda: torch.ones(1).expand(4),
+    "inference": lambda: inference_tensor(),
+    "integer": lambda: torch.ones(4, dtype=torch.int32),
+    "complex": lambda: torch.ones(4, dtype=torch.complex64),
+    "subclass": lambda: torch.ones(4).as_subclass(Tagged),
+}
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def inference_tensor() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones(4)
+
+
+@interpreter
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("where", ["parameter", "buffer"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_both_walks_refuse_the_same(what, where, capturable):
+    """In the same words, as far as they tell which tensor of which group; nothing is changed."""
+    told = []
+    for of in (core, Walk()):
+        if of is None:
+            continue
+        tensor = REFUSED[what]()
+        p = nn.Parameter(torch.ones(4)) if where == "buffer" else nn.Parameter(tensor, requires_grad=False)
+        first = nn.Parameter(torch.ones(4))
+        optimizer = texp.SGD(
+            [{"params": [first]}, {"params": [p]}], 0.1, 0.9, backend="triton", capturable=capturable
+        )
+        optimizer._core = of
+        first.grad = torch.ones(4)
+        p.grad = torch.ones(4).to(p.dtype) if where == "buffer" or what != "inference" else torch.ones(4)
+        if where == "buffer":
+            optimizer.state[p]["momentum_buffer"] = tensor
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            optimizer.step()
+        assert (first == 1).all()
+        assert len(optimizer.state) == (where == "buffer")
+        told.append(type(error.value))
+    assert len(set(told)) == 1
+
+
+@interpreter
+def test_other_defaults_of_torch_change_nothing():
+    """Neither its default dtype nor its default device is that of the tables."""
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        optimizer = texp.SGD([p], lr=1.0, momentum=0.9, backend="triton", capturable=True)
+        for _ in range(2):
+            optimizer.step()
+        optimizer.state_dict()
+        texp.SGD([p], lr=1.0, backend="triton").step()
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert torch.allclose(p.detach(), torch.full((3,), 1 - 1 - 1.9 - 1))
 
 
 @interpreter

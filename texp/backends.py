@@ -33,9 +33,13 @@ def _import_kernels() -> ModuleType:
     """texp.kernels.launch, from this folder, or in a checkout from the one beside it."""
     here = Path(__file__).parent
     if "texp.kernels" not in sys.modules:
-        folder = next(f for f in (here / "kernels", here.parent / "kernels") if (f / "launch.py").exists())
+        folders = [
+            folder for folder in (here / "kernels", here.parent / "kernels") if (folder / "launch.py").exists()
+        ]
+        if not folders:
+            raise ImportError("texp.kernels is missing; reinstall texp")
         spec = importlib.util.spec_from_file_location(
-            "texp.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+            "texp.kernels", folders[0] / "__init__.py", submodule_search_locations=[str(folders[0])]
         )
         sys.modules["texp.kernels"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["texp.kernels"])
@@ -90,6 +94,9 @@ def _triton_kernels() -> tuple[ModuleType | None, str]:
     if importlib.util.find_spec("triton") is None:
         return None, "Triton is not installed; pip install triton"
     try:
+        version = importlib.import_module("triton").__version__
+        if tuple(map(int, version.split(".")[:2])) < (3, 6):
+            return None, f"Triton {version} is too old: its kernels need 3.6 or newer"
         kernels = _import_kernels()
     except ImportError as error:
         return None, f"Triton is installed but does not load: {error}"

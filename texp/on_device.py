@@ -1,4 +1,4 @@
-"""P and κ of all groups in the memory of a CUDA device, for steps that the host does not follow: those that a
+"""P and κ of all groups in the memory of a GPU, for steps that the host does not follow: those that a
 GradScaler may skip, and replays of a captured graph. csrc/device_walk.h takes such steps, csrc/cuda.h has the layout.
 """
 
@@ -69,12 +69,13 @@ class OnDevice:
 
     def _from_host(self, state: dict[Tensor, Any]) -> tuple[Tensor, Tensor]:
         self._known = [groups.scale_of(group) for group in self.groups]
-        states = torch.zeros(len(self.groups), 4, dtype=torch.float64)
+        states = torch.zeros(len(self.groups), 4, dtype=torch.float64, device="cpu")
         for row, group, scale in zip(states, self.groups, self._known, strict=True):
             row[0], row[1] = scale.P, scale.kappa
             row.view(torch.int64)[2] = scale.exponent
             row.view(torch.int64)[3] = any(_has_buffer(state, p) for p in group["params"])
-        return states, torch.tensor([_has_buffer(state, p) for p in self.params], dtype=torch.uint8)
+        started = [_has_buffer(state, p) for p in self.params]
+        return states, torch.tensor(started, dtype=torch.uint8, device="cpu")
 
 
 def _layout(param_groups: list[dict[str, Any]]) -> list:

@@ -132,8 +132,8 @@ class SGD(torch.optim.Optimizer):
         self._core = backends.core(self._backend)
         self._kernels = backends.kernels(self._backend)
         self._device: OnDevice | None = None  # P and κ, while they are there
-        # Those that a graph knows by address; kept when a state dict is loaded.
-        self._captured: list[OnDevice] = self.__dict__.get("_captured", [])
+        # What graphs know by address; kept when a state dict is loaded.
+        self._captured: list[tuple] = self.__dict__.get("_captured", [])
         self._skipped: bool | Tensor = False
 
     @property
@@ -256,7 +256,7 @@ class SGD(torch.optim.Optimizer):
             return False
         params = (p for group in self.param_groups for p in group["params"])
         device = next((p.device for p in params if p.device.type == device_type), None)
-        why = "no parameter is on a GPU"
+        why = f"no parameter is on a device of type {device_type!r}"
         if device is not None:
             if self._device is None or not self._device.is_of(self.param_groups, device):
                 if capturing:
@@ -268,7 +268,7 @@ class SGD(torch.optim.Optimizer):
             of = self._device
             of.restore(self.state)
             if capturing:
-                self._captured.append(of)
+                self._captured.append((of, launcher))
             scale, found_inf = (
                 None if x is None else torch.as_tensor(x, dtype=torch.float32, device=device)
                 for x in (scale, found_inf)

@@ -62,7 +62,9 @@ def of_groups(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad
 
 def _of_group(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scale: float) -> Plan:
     _refuse_capture(index, group)
-    entries = [Entry(p, p.grad, buf_of(state, p)) for p in group["params"]]
+    entries = [Entry(p, p.grad) for p in group["params"]]
+    if groups.number("momentum", group["momentum"]) != 0 or groups.is_exponential(group):  # else they are not touched
+        entries = [entry._replace(buf=buf_of(state, entry.param)) for entry in entries]
     hyper, step = advance(index, group, all_first(entries), grad_scale)
     plan = Plan(index, group, step, all_first(entries), {}, [])
     for entry in entries:
@@ -137,7 +139,7 @@ def _refuse_capture(index: int, group: dict[str, Any]) -> None:
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing() and groups.is_exponential(group):
         raise RuntimeError(
             f"parameter group {index} is scale_invariant: its step cannot be captured by the reference backend, "
-            "which computes P on the host; backend='cuda' with capturable=True can"
+            "which computes P on the host; backend='cuda' and 'triton' with capturable=True can"
         )
 
 

@@ -27,7 +27,7 @@ def refusal(entry: Entry, cpu: bool, cuda: bool, shared: set[int]) -> str | None
     for who, x in (("the parameter", p), ("its gradient", g), ("its momentum buffer", b)):
         if x is None:
             continue
-        if type(x) not in _PLAIN or x.is_conj() or x.is_neg():
+        if type(x) not in _PLAIN or x.is_conj() or x.is_neg() or x._is_zerotensor():
             return f"{who} is a subclass or a lazy view of a tensor"
         if x.layout != torch.strided:
             return f"{who} is not strided (sparse, say)"
@@ -37,6 +37,10 @@ def refusal(entry: Entry, cpu: bool, cuda: bool, shared: set[int]) -> str | None
             return f"{who} is on another device"
         if x.shape != p.shape:
             return f"{who} has another shape"
+        if x is not g and x.is_inference():
+            return f"{who} is an inference tensor"
+        if x is not g and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            return f"{who} holds several elements in one place (expanded)"
     if not (cpu if p.device.type == "cpu" else cuda and p.device.type == "cuda"):
         return "the parameter is on a device whose kernel is not asked for or cannot be used here"
     if g is not None and g.dtype != p.dtype:
@@ -88,7 +92,7 @@ class Table:
 
     def add_fixed(self, entry: Entry, row: Hashable) -> None:
         source = self.sources.setdefault(row, len(self.sources))
-        if source > 0xFFFF:
+        if source >= 0xFFFF:
             raise RuntimeError("a step on a GPU takes at most 65,535 different rows")
         self.add(entry, source, FIXED)
 

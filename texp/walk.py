@@ -227,7 +227,7 @@ class _DeviceWalk:
         if has_momentum or not ordinary:
             entries = [entry._replace(buf=plan.buf_of(state, entry.param)) for entry in entries]
         source = len(self.groups) // _GROUP.size
-        if source > 0xFFFF:
+        if source >= 0xFFFF:
             return "there are more than 65,535 groups"
         self.groups += _GROUP.pack(
             b"".join(struct.pack("=d" if place == _HOST else "=Q", x) for x, place in numbers),

@@ -75,13 +75,19 @@ inline __half __float2half_rn(float x) { return static_cast<__half>(x); }
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration"; }
+inline int device_now = 0, device_of_the_last_launch = -1;
+extern "C" inline __attribute__((used)) int current_device() { return device_now; }
+extern "C" inline __attribute__((used)) int launched_on() { return device_of_the_last_launch; }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = device_now;
   return cudaSuccess;
 }
 inline cudaError_t last_error = cudaSuccess;
 inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+extern "C" inline __attribute__((used)) cudaError_t cudaSetDevice(int device) {
+  device_now = device;
+  return cudaSuccess;
+}
 struct cudaFuncAttributes {};
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) {
@@ -102,6 +108,7 @@ template <class Argument>
 cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
   if (grid.x == 0 || sizeof(std::remove_const_t<Argument>) > 32764) return last_error = cudaErrorInvalidConfiguration;
   ++launches;
+  device_of_the_last_launch = device_now;
   gridDim = grid;
   std::barrier<> barrier(block.x);
   block_barrier = &barrier;
