@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import texp
 from tests.conftest import same_bits
 from texp import theory
+from texp.backends import Kernels
+from texp.groups import scale_of
 from texp.reference import Entry
 from texp.theory import Hyperparameters, Row, Scale
 
@@ -345,3 +348,66 @@ def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies, tensors):
                 assert (b == POISON).all() if buf is None else same_bits(b, buf)
             for (stat, _), (other, _) in zip(group["stats"], twin["norm_stats"], strict=True):
                 assert same_bits(stat, other)
+
+
+class Launcher:
+    """Takes the place of the launches: as csrc/launch.h, but of the kernel that was compiled for the host."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+        self.ticket = torch.zeros(1, dtype=torch.int32)
+
+    def step(self, device: str, tensors: bytearray, rows: bytearray) -> None:
+        self._launch(tensors, (ctypes.c_char * len(rows)).from_buffer(rows), None, None)
+
+    def step_on_device(self, tensors, groups, started, grad_scale, found_inf, *, capturing, capturable) -> None:
+        on_device = CDevice(pointer(grad_scale), pointer(found_inf), pointer(started), pointer(self.ticket))
+        self._launch(tensors, None, (ctypes.c_char * len(groups)).from_buffer(groups), ctypes.byref(on_device))
+
+    def _launch(self, tensors: bytearray, *arguments) -> None:
+        table = (ctypes.c_char * len(tensors)).from_buffer(tensors)
+        count = len(tensors) // ctypes.sizeof(CTensor)
+        assert self.kernel.texp_cuda_step(0, None, table, count, *arguments) is None
+
+
+ARGUMENTS = {
+    "plain": {"lr": 0.1, "weight_decay": 0.1},
+    "heavy ball": {"lr": 0.1, "momentum": 0.9, "dampening": 0.25, "weight_decay": 0.1},
+    "exponential": {"lr": 0.1, "momentum": 0.9, "dampening": 0.25, "weight_decay": 0.1, "scale_invariant": True},
+    "exponential nesterov": {
+        "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True, "scale_invariant": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_whole_steps_with_and_without_a_scaler(kernel, name, dtype):
+    """Some skipped, the first among them; late and missing gradients, momentum that comes late, norm_stats, several
+    groups: the bits of the CPU, which decides on the host what the kernel decides by itself."""
+    runs = []
+    for launcher in (None, Launcher(kernel)):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((5, 3), (), (0,), (4097,), (7,))]
+        stat = torch.ones(3)
+        groups = [{"params": params[:3], "norm_stats": [(stat, 2)]}, {"params": params[3:], "lr": 0.05}]
+        optimizer = texp.SGD(groups, backend="cpu", **ARGUMENTS[name])
+        if launcher is not None:
+            optimizer._kernels = Kernels(cpu=True, scale_on="cpu", launcher=launcher)
+        for t in range(14):
+            torch.manual_seed(100 + t)
+            for i, p in enumerate(params):
+                p.grad = None if (i, t) in ((1, 0), (1, 1), (0, 4), (4, 6)) else torch.randn(p.shape).to(dtype)
+            if t == 8 and not ARGUMENTS[name].get("nesterov"):
+                optimizer.param_groups[1]["momentum"] = 0.5
+            scaled = t % 5 < 4
+            optimizer.grad_scale = torch.tensor(4.0) if scaled else None
+            optimizer.found_inf = torch.tensor(float(t in (0, 3, 7))) if scaled else None
+            optimizer.step()
+            assert optimizer.step_was_skipped == (scaled and t in (0, 3, 7))
+        saved = optimizer.state_dict()
+        bufs = [values["momentum_buffer"] for values in saved["state"].values()]
+        runs.append((params + bufs + [stat], list(map(scale_of, optimizer.param_groups))))
+    (expected, scales), (actual, scales_on_device) = runs
+    assert scales == scales_on_device
+    assert all(same_bits(a, b) for a, b in zip(actual, expected, strict=True))
