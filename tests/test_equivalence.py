@@ -296,3 +296,36 @@ def test_the_norm_settles_at_its_equilibrium(swift_target, momentum):
         alpha = 1 - eta * decay
         theta2 = eta / math.sqrt(1 - alpha**2)
         assert settled[-1] == pytest.approx(theta2 / eta * alpha, rel=0.01)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_in_float32_nothing_is_lost_but_by_rounding(target, nesterov):
+    """60 steps in float32 against torch.optim.SGD in float64, P rescaled about ten times. The gradients g of θ are
+    given, and so the steps are linear in θ and v.
+
+    A row rounds at most ten times by an ulp, half of them up (tests/test_rows.py), relative to what is summed:
+    |θ| in p, and |v| + κ|θ| + |g| in P·b, which comes to θ times η/(1 − γ) at most. Inside the theorem's range the
+    steps damp both without oscillation, so the errors of all steps at most add up.
+    """
+    gamma, eta, lambda_ = 0.5, 0.1, 0.5
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.nn.Parameter(torch.randn(500, generator=generator, dtype=torch.float64))
+    p = torch.nn.Parameter(theta.detach().float().to(target.device))
+    arguments = {"lr": eta, "momentum": gamma, "weight_decay": lambda_, "nesterov": nesterov}
+    expected = torch.optim.SGD([theta], **arguments)
+    optimizer = target.sgd([p], scale_invariant=True, **arguments)
+    (group,) = optimizer.param_groups
+    bound = torch.finfo(torch.float32).eps * theta.detach().abs()  # that of the start
+    for _ in range(60):
+        theta.grad = torch.randn(500, generator=generator, dtype=torch.float64)
+        p.grad = (theta.grad / group["scale"]).float().to(target.device)
+        expected.step()
+        optimizer.step()
+        v = expected.state[theta]["momentum_buffer"]
+        summed = v.abs() + group["carried_decay"] * theta.detach().abs() + theta.grad.abs()
+        bound += 10 * torch.finfo(torch.float32).eps * (theta.detach().abs() + eta / (1 - gamma) * summed)
+    assert group["scale_exponent"] >= 8
+    optimizer.fold()
+    assert ((p.detach().cpu().double() - theta.detach()).abs() <= bound).all()
+    # And the bound is worth something: a decay that was lost in one step would not be within it.
+    assert (bound < eta * lambda_ * 0.1 * theta.detach().abs().mean()).all()
