@@ -1,0 +1,446 @@
+"""Which parameters of a model are scale-invariant together: found from gradients alone, for any nn.Module.
+
+A set S of parameters is invariant when f(cθ_S, θ_rest) = f(θ_S, θ_rest) for every c > 0. By Euler that is so
+exactly when Σ_{i∈S} ⟨p_i, ∂f/∂p_i⟩ = 0 everywhere, so a row M[i] = ⟨p_i, ∂(r·f(x))/∂p_i⟩ for random x and r, at a
+random point, is an equation Σ M[i]·d_i = 0 for its indicator d. A norm with running statistics adds equations with
+one unknown more, the power D of P with which its input grows: a statistic m (mean: k = 1, variance: k = 2) needs
+Σ ⟨p_i, ∂m/∂p_i⟩·d_i = k·D·m; otherwise evaluation would not be that of the SGD run. Rows are collected until
+their rank has settled; the largest S is then a small integer programme, and is confirmed by really scaling it.
+
+Rules that look at one layer at a time ("a convolution before a norm") are both too weak and wrong: in a
+pre-activation ResNet nothing that writes to the residual stream is invariant, but all of it together is.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from texp.probe import Probe, Row, no_trace
+
+NOISE = 1e-6  # of reduced equations, whose exact coefficients are ratios of small integers
+PATIENCE = 8  # the rank has settled when it did not grow for so many inputs
+
+PINNED = "moves the output, whatever is scaled with it"
+OPPOSED = "only if another shrinks, or at the cost of a larger set"
+HELD = "held out by no_decay"
+NO_EFFECT = "no effect on the output"
+FOLLOWS = "no effect, no decay: scaled like the running statistics"
+
+
+class AuditError(RuntimeError):
+    """The numbers do not say which parameters are scale-invariant; the message has them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What `audit` found. Names are those of `model.named_parameters()` and `named_buffers()`."""
+
+    invariant: list[str]  # S, invariant as a whole
+    sets: list[list[str]]  # S taken apart: each is invariant by itself
+    rest: list[str]  # trainable, but not in S
+    frozen: list[str]  # requires_grad is False: never scaled
+    without_effect: list[str]  # trainable, in S or not: the output does not depend on them
+    reasons: dict[str, str]  # why not, for each of `rest`
+    sizes: dict[str, int]  # numbers in each parameter
+    modules: dict[str, str]  # the class of the module that holds it
+    norm_stats: list[tuple[str, float]]  # buffers that must grow with S, and the power of P; parameters that FOLLOW
+    rows: int  # equations collected
+    rank: int  # of these rows
+    gap: float  # the smallest singular value that counted over the largest that did not
+    deviation: float  # relative change of the output when S is scaled by 2 or 1/2; 0 in exact arithmetic
+    eps_deviation: float  # the same at the model's own weights, with its own eps: what eps spoils between P = 1 and 2
+
+    @property
+    def fraction(self) -> float:
+        """The share of the trainable numbers that is in S, from 0 to 1."""
+        return sum(self.sizes[n] for n in self.invariant) / sum(self.sizes[n] for n in self.invariant + self.rest)
+
+    def __str__(self) -> str:
+        trainable = self.invariant + self.rest
+        scaled, total = (sum(self.sizes[n] for n in names) for names in (self.invariant, trainable))
+        lines = [
+            f"scale-invariant together: {len(self.invariant)} of {len(trainable)} trainable parameters, {scaled:,} of "
+            f"{total:,} numbers ({self.fraction:.2%})",
+            f"parts that are so alone: {len(self.sets)}, the largest of {max(map(len, self.sets), default=0)} "
+            f"parameters; running statistics that grow with them: {len(self.norm_stats)}",
+        ]
+        if self.rest:
+            width = max(8, *map(len, self.rest))
+            kind = max(6, *(len(self.modules[n]) for n in self.rest))
+            lines += ["", f"{'left out':{width}}  {'module':{kind}}  {'numbers':>13}  {'share':>7}  why"]
+            for n in sorted(self.rest, key=lambda n: -self.sizes[n]):
+                size, share = self.sizes[n], self.sizes[n] / total
+                lines.append(f"{n:{width}}  {self.modules[n]:{kind}}  {size:>13,}  {share:>7.2%}  {self.reasons[n]}")
+            lines.append("")
+        if self.frozen:
+            lines.append(f"frozen, never scaled: {', '.join(self.frozen)}")
+        if unseen := [n for n in self.without_effect if n in self.invariant]:
+            lines.append(f"scaled, but seen by running statistics alone: {', '.join(unseen)}")
+        lines += [
+            f"rank {self.rank} of {self.rows} rows, singular gap {self.gap:.1e}",
+            f"scaled by 2 and by 1/2, the output moves by {self.deviation:.1e} (relative); with the model's own weights "
+            f"and eps, by {self.eps_deviation:.1e}",
+        ]
+        return "\n".join(lines)
+
+
+def audit(
+    model: nn.Module,
+    *example_inputs: Any,
+    forward: Callable[..., Any] | None = None,
+    hold: Callable[[str, nn.Parameter], bool] | None = None,
+    seed: int = 0,
+    max_rows: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float64,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Audit:
+    """Finds the largest set of parameters of `model` that is scale-invariant as a whole.
+
+    Args:
+        model: in any mode, on any device; a deep copy is audited, in train mode, at a random point, without dropout
+            or stochastic depth, with eps ≈ 0 in its norms.
+        example_inputs: arguments of its forward: tensors, or lists, tuples and dicts of them. Others like them are
+            drawn: floats with the same mean and deviation, integers in the same range. A batch of 4 is large
+            enough; a BatchNorm must see at least 3 values per channel.
+        forward: (model, *inputs) → all that the loss depends on, a tensor or a tuple, list, dict or dataclass of
+            tensors. Default: model(*inputs).
+        hold: (name, parameter) → whether it must not be scaled. Default: none of the trainable ones.
+        seed: of all that is drawn; the result is a function of it.
+        max_rows: how many rows may be collected. Default: as many as can be needed.
+        device, dtype: of the copy; defaults: the model's device, float64. In float32 less is told from rounding.
+        progress: called with (rows, rank, max_rows) now and then.
+
+    Costs one forward and two backward passes for each pair of rows; there are about as many rows as parameters
+    and norms, at most. Needs scipy. The model, its buffers and grads, and the global random states are left as they
+    are; hooks of the model run on the copy too.
+
+    Raises AuditError, with the numbers, where no clear answer can be given: the rank has not settled, the singular
+    values leave no gap, or S fails when it is really scaled. Raises ValueError for a model without trainable
+    parameters, with complex or uninitialised ones, and for outputs that are not finite, or do not depend on them.
+    """
+    _scipy()  # an ImportError before the work rather than after it
+    if device is None:
+        device = next((p.device for p in model.parameters()), "cpu")
+    device = torch.device(device)
+    with no_trace(device, dtype):
+        probe = Probe(model, example_inputs, forward, seed, device, dtype)
+        return _audit(model, probe, hold or (lambda name, p: False), max_rows, progress)
+
+
+def param_groups(
+    model: nn.Module,
+    *example_inputs: Any,
+    forward: Callable[..., Any] | None = None,
+    no_decay: str | Callable[[str, nn.Parameter], bool] | None = None,
+    seed: int = 0,
+    max_rows: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float64,
+    progress: Callable[[int, int, int], None] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Groups of `model`'s parameters for texp.SGD: the scale-invariant set with its `norm_stats`, the rest, and
+    those without decay; the functions visited are those of torch.optim.SGD with the same weight decays.
+
+    Args:
+        no_decay: which parameters have weight_decay 0: "bias_and_norm" (those with one dimension, and biases, as
+            in timm), or (name, parameter) → bool. They are not scaled, and the set is the largest one without
+            them. Default: none.
+        options: lr, momentum, weight_decay, … of all groups.
+        Others as for `audit`, which also says what is raised.
+
+    Call it when the model is on its device and in its dtype: `norm_stats` are its own buffers. A bias without decay
+    that nothing but a BatchNorm sees (as that of a convolution before it) gets no gradient and no group; its value
+    stays what it is, in units of P, by standing among the `norm_stats`. Where nothing is scale-invariant, there is
+    no such group, and a warning says why.
+    """
+    if isinstance(no_decay, str):
+        if no_decay != "bias_and_norm":
+            raise ValueError(f'no_decay must be "bias_and_norm" or (name, parameter) -> bool, got {no_decay!r}')
+        no_decay = bias_or_norm
+    found = audit(
+        model, *example_inputs, forward=forward, hold=no_decay, seed=seed, max_rows=max_rows, device=device,
+        dtype=dtype, progress=progress,
+    )  # fmt: skip
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    stats = [(tensors[name], power) for name, power in found.norm_stats]
+    placed = {name for name, _ in found.norm_stats}.union(found.invariant)
+    rest = {name: p for name, p in model.named_parameters() if name not in placed}
+    still = [name for name, p in rest.items() if no_decay is not None and no_decay(name, p)]
+    groups = [
+        {
+            **options,
+            "params": [tensors[name] for name in found.invariant],
+            "scale_invariant": True,
+            "norm_stats": stats,
+        },
+        {**options, "params": [p for name, p in rest.items() if name not in still]},
+        {**options, "params": [rest[name] for name in still], "weight_decay": 0.0},
+    ]
+    if not found.invariant:
+        warnings.warn(f"nothing is scale-invariant, so nothing is gained over SGD: {_why_empty(found)}", stacklevel=2)
+    return [group for group in groups if group["params"]]
+
+
+def bias_or_norm(name: str, parameter: nn.Parameter) -> bool:
+    """What timm keeps out of weight decay: parameters with at most one dimension, and biases."""
+    return parameter.dim() <= 1 or name.endswith(".bias") or name == "bias"
+
+
+def _why_empty(found: Audit) -> str:
+    held = [n for n in found.rest if found.reasons[n] == HELD]
+    if held:
+        return f"without the {len(held)} parameters that no_decay holds out, no set of the others is"
+    pinned = sorted((n for n in found.rest if found.reasons[n] == PINNED), key=lambda n: -found.sizes[n])
+    if pinned:
+        return (
+            f"{len(pinned)} of {len(found.rest)} parameters move the output by themselves, as {pinned[0]} does; the "
+            "others only go with them"
+        )
+    return "no parameter can grow unless another shrinks (is there a norm?)"
+
+
+def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
+    names, norms = list(probe.params), list(probe.norms.values())
+    if not names:
+        raise ValueError("the model has no trainable parameters")
+    equations = _collect(probe, len(names), len(norms), max_rows, progress)
+    effect, seen = equations.effects()
+    if not effect.any():
+        raise ValueError("the output depends on none of the trainable parameters")
+    params = dict(model.named_parameters())
+    held = [hold(name, params[name]) for name in names]
+    sizes = [params[name].numel() for name in names]
+    # What only running statistics see has no gradient: without decay it never moves, and may follow any power.
+    follows = [h and s and not e for h, s, e in zip(held, seen, effect, strict=True)]
+    bounds = [
+        (None, None) if f else (0, 0 if h or not (e or s) else 1)
+        for f, h, e, s in zip(follows, held, effect, seen, strict=True)
+    ]
+    reduced, gap = equations.reduced()
+    values = _largest(reduced, [0 if f else size for f, size in zip(follows, sizes, strict=True)], bounds)
+    chosen = [v > 0.5 and not f for v, f in zip(values, follows, strict=False)]
+    invariant = [name for name, c in zip(names, chosen, strict=True) if c]
+    powers = dict.fromkeys(invariant, 1.0)
+    powers |= {name: _snap(v) for name, v, f in zip(names, values, follows, strict=False) if f and _snap(v) != 0}
+    deviation, growth = _confirm(probe, powers, dict(zip(norms, values[len(names) :], strict=True)), equations.tol)
+    probe.as_it_was(model)
+    eps_deviation = probe.scaled(powers, 2.0).output if invariant else 0.0
+
+    pinned = {int(row.nonzero()[0]) for row in reduced if row.count_nonzero() == 1}
+    reasons = {}
+    for i, name in enumerate(names):
+        if name in invariant:
+            continue
+        why = PINNED if i in pinned else OPPOSED
+        reasons[name] = FOLLOWS if name in powers else HELD if held[i] else why if effect[i] or seen[i] else NO_EFFECT
+    return Audit(
+        invariant=invariant,
+        sets=[[names[i] for i in part] for part in _parts(reduced, chosen, follows)],
+        rest=[name for name in names if name not in invariant],
+        frozen=[name for name, p in params.items() if not p.requires_grad],
+        without_effect=[name for name, e in zip(names, effect, strict=True) if not e],
+        reasons=reasons,
+        sizes={name: p.numel() for name, p in params.items()},
+        modules={name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in params},
+        norm_stats=[*growth.items(), *((name, power) for name, power in powers.items() if name not in invariant)],
+        rows=equations.count,
+        rank=len(reduced),
+        gap=gap,
+        deviation=deviation,
+        eps_deviation=eps_deviation,
+    )
+
+
+class Equations:
+    """Rows over n parameters and K norms, and what is needed to tell them from rounding errors."""
+
+    def __init__(self, n: int, K: int, dtype: torch.dtype) -> None:
+        self.n, self.K = n, K
+        self.eps = torch.finfo(dtype).eps
+        self.tol = self.eps**0.6  # 4e-10 in float64
+        self.least_gap = 1e3 if self.eps < 1e-12 else 10.0
+        self.rows: list[Row] = []
+        self.inputs: list[int] = []  # which input each row is of
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def effects(self) -> tuple[list[bool], list[bool]]:
+        """For each parameter, whether outputs depend on it, and whether running statistics do."""
+        found = []
+        for of_output in (True, False):
+            most = torch.zeros(self.n, dtype=torch.float64)
+            for row in self.rows:
+                if row.of_output == of_output:
+                    most = torch.maximum(most, row.sizes / row.sizes.max().clamp_min(1e-300))
+            found.append(most > self.tol)
+        return found[0], found[1]
+
+    def singular(self, inputs: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular values and right singular vectors of the rows of the first `inputs` inputs, and the units of
+        their columns.
+
+        A row is taken in units of its largest ‖p_i‖‖g_i‖, a column then in units of their root mean square: what is
+        left are cosines between parameters and gradients, next to which rounding errors are a few ε.
+        """
+        rows = [row for row, i in zip(self.rows, self.inputs, strict=True) if inputs is None or i < inputs]
+        A = torch.stack([torch.cat([row.products, -row.degrees]) for row in rows])
+        sizes = torch.stack([torch.cat([row.sizes, row.degrees.abs()]) for row in rows])
+        largest = sizes.amax(1, keepdim=True).clamp_min(1e-300)
+        units = (sizes / largest).square().mean(0).sqrt()
+        # Nothing depends on these, as far as can be told: not to be blown up.
+        units = torch.where(units > self.tol, units, torch.ones_like(units))
+        _, s, V = torch.linalg.svd(A / largest / units, full_matrices=False)
+        return s / math.sqrt(len(rows)), V, units
+
+    def rank(self, inputs: int | None = None) -> int:
+        return int((self.singular(inputs)[0] > self.tol).sum())
+
+    def reduced(self) -> tuple[Tensor, float]:
+        """The equations in reduced row echelon form, (rank, n + K), with their rounding errors cut off; the gap.
+
+        Raises AuditError for a small gap.
+        """
+        s, V, units = self.singular()
+        rank = int((s > self.tol).sum())
+        kept = s[rank - 1].item() if rank else 1.0
+        dropped = max(s[rank].item() if rank < len(s) else 0.0, self.eps)
+        if kept < self.least_gap * dropped:
+            raise AuditError(
+                f"the rank of the equations is not clear: of {len(s)} singular values the last that counts is "
+                f"{kept:.2e}, the next {dropped:.2e}, a factor of {kept / dropped:.1f} where {self.least_gap:.0f} "
+                "would be clear; float64, or other inputs, may tell more"
+            )
+        # Reduced in the units in which rounding errors are small, then brought to those of d and D.
+        reduced = _echelon(V[:rank]) * units
+        reduced /= reduced.abs().amax(1, keepdim=True)
+        return _cut(reduced), kept / dropped
+
+
+def _collect(probe: Probe, n: int, K: int, max_rows: int | None, progress) -> Equations:
+    """Rows until their rank has settled; raises AuditError where it has not after max_rows."""
+    limit = 2 * (n + K + 2 * PATIENCE) if max_rows is None else max_rows
+    equations = Equations(n, K, next(iter(probe.params.values())).dtype)
+    done, rank = 0, 0
+    while equations.count < limit:
+        for row in probe.rows():
+            equations.rows.append(row)
+            equations.inputs.append(done)
+        done += 1
+        if done % (PATIENCE // 2) == 0:
+            rank = equations.rank()
+            if progress is not None:
+                progress(equations.count, rank, limit)
+            if done > PATIENCE and rank == equations.rank(done - PATIENCE):
+                return equations
+    raise AuditError(f"the rank of the equations has not settled: it is {rank} after max_rows = {limit} rows")
+
+
+def _largest(reduced: Tensor, sizes: list[int], bounds: list[tuple]) -> list[float]:
+    """Maximises Σ sizes[i]·d_i over d_i in bounds, 0 or 1 but where unbounded, with `reduced`·(d, D) = 0."""
+    optimize = _scipy()
+    K = reduced.shape[1] - len(sizes)
+    total = max(sum(sizes), 1)
+    answer = optimize.linprog(
+        [-size / total for size in sizes] + [0.0] * K,
+        A_eq=reduced.numpy() if len(reduced) else None,
+        b_eq=[0.0] * len(reduced) if len(reduced) else None,
+        bounds=[*bounds, *[(None, None)] * K],
+        integrality=[int(b != (None, None)) for b in bounds] + [0] * K,
+        method="highs",
+    )
+    if not answer.success:
+        raise AuditError(f"the integer programme of {len(sizes)} parameters was not solved: {answer.message}")
+    return answer.x.tolist()
+
+
+def _confirm(
+    probe: Probe, powers: dict[str, float], degrees: dict[str, float], tol: float
+) -> tuple[float, dict[str, float]]:
+    """Scales the set by 2 and by 1/2. Returns the relative change of the output, and the power of P of every
+    running statistic that changes; raises AuditError where these are not what they must be."""
+    if not powers:
+        return 0.0, {}
+    changes = [probe.scaled(powers, c) for c in (2.0, 0.5)]
+    deviation = max(change.output for change in changes)
+    if not deviation <= tol:
+        raise AuditError(
+            f"a set of {len(powers)} parameters solves the equations, but when it is scaled by 2 or 1/2 the output "
+            f"moves by {deviation:.2e} (relative), more than {tol:.1e}"
+        )
+    growth = {}
+    for name, power in changes[0].powers.items():
+        norm, _, kind = name.rpartition(".")
+        order = 2 if kind == "running_var" else 1
+        expected = order * degrees[norm] if norm in degrees else power
+        measured = [p for p in (power, changes[1].powers[name]) if not math.isnan(p)]
+        if any(abs(p - _snap(expected)) > 1e3 * tol for p in measured):
+            raise AuditError(
+                f"{name} does not grow as a power of the scale: {expected:.6f} was expected, "
+                f"{', '.join(f'{p:.6f}' for p in measured)} measured"
+            )
+        if not math.isnan(expected) and _snap(expected) != 0:
+            growth[name] = _snap(expected)
+    return deviation, growth
+
+
+def _parts(reduced: Tensor, chosen: list[bool], free: list[bool]) -> list[list[int]]:
+    """Takes the chosen set apart into those that solve the equations alone, as indices."""
+    S = [i for i, c in enumerate(chosen) if c]
+    if not S:
+        return []
+    others = [i for i, f in enumerate(free) if f] + list(range(len(chosen), reduced.shape[1]))
+    # First the unknown powers: the rows that are left without them are equations between parameters alone.
+    ordered = _echelon(reduced[:, others + S], first=len(others))
+    between = ordered[(ordered[:, : len(others)] == 0).all(1), len(others) :]
+    label = list(range(len(S)))
+    for row in between:
+        linked = {label[j] for j in row.nonzero().flatten().tolist()}
+        label = [min(linked) if x in linked else x for x in label]
+    return [[i for i, x in zip(S, label, strict=True) if x == part] for part in sorted(set(label))]
+
+
+def _echelon(A: Tensor, first: int = 0) -> Tensor:
+    """Reduced row echelon form, without rows of zeros; each pivot is the largest entry that is left, in the first
+    `first` columns while they have any."""
+    A = A.clone()
+    for done in range(len(A)):
+        left = A[done:].abs()
+        if first and left[:, :first].max() > NOISE:
+            left = left[:, :first]
+        if left.max() <= NOISE:
+            return _cut(A[:done])
+        row, column = divmod(int(left.argmax()), left.shape[1])
+        A[[done, done + row]] = A[[done + row, done]]
+        A[done] /= A[done, column].item()
+        factors = A[:, column].clone()
+        factors[done] = 0
+        A -= factors[:, None] * A[done]
+    return _cut(A)
+
+
+def _cut(A: Tensor) -> Tensor:
+    return torch.where(A.abs() > NOISE, A, torch.zeros_like(A))
+
+
+def _snap(power: float) -> float:
+    """The nearest multiple of one half."""
+    return round(2 * power) / 2 if math.isfinite(power) else power
+
+
+def _scipy():
+    try:
+        from scipy import optimize
+    except ImportError as error:
+        raise ImportError(
+            "texp.audit solves an integer programme with scipy 1.9 or newer: pip install scipy"
+        ) from error
+    return optimize
