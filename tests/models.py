@@ -3,6 +3,7 @@ scale-invariant in each, worked out by hand. Images are (n, 3, 8, 8), tokens (n,
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from torch.nn.functional import cross_entropy, gelu, relu, scaled_dot_product_at
 CLASSES, VOCABULARY = 5, 11
 
 
-def conv(channels_in: int, channels: int, size: int = 3, stride: int = 1, bias: bool = False, groups: int = 1) -> nn.Conv2d:
+def conv(
+    channels_in: int, channels: int, size: int = 3, stride: int = 1, bias: bool = False, groups: int = 1
+) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels, size, stride, size // 2, groups=groups, bias=bias)
 
 
@@ -151,9 +154,12 @@ def convnext() -> nn.Module:
 
 
 class Attention(nn.Module):
+    """With QK-norm, only the values have a bias."""
+
     def __init__(self, width: int, qk_norm: bool) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.proj = (nn.Linear(width, width, bias=not qk_norm) for _ in range(4))
+        self.q, self.k, self.proj = (nn.Linear(width, width, bias=not qk_norm) for _ in range(3))
+        self.v = nn.Linear(width, width)
         self.q_norm, self.k_norm = (nn.LayerNorm(width // 2) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,7 +172,8 @@ class TransformerBlock(nn.Module):
     def __init__(self, width: int, qk_norm: bool) -> None:
         super().__init__()
         self.ln1, self.attention, self.ln2 = nn.LayerNorm(width), Attention(width, qk_norm), nn.LayerNorm(width)
-        self.up, self.down, self.dropout = nn.Linear(width, 2 * width), nn.Linear(2 * width, width), nn.Dropout(0.1)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=not qk_norm)
+        self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.ln1(x)))
@@ -223,11 +230,25 @@ def mlp() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
+    """What is known of a model. Names are patterns as for files."""
+
     make: Callable[[], nn.Module]
-    left_out: tuple[str, ...]  # what is not invariant: names, or parts of them
+    left_out: tuple[str, ...] = ()  # trainable parameters that are not scale-invariant, or
+    scaled: tuple[str, ...] = ()  # those that are, whichever are fewer
+    held: tuple[str, ...] = ()  # weights that are not, either, where biases and norms must not be scaled
     tokens: bool = False
-    powers: tuple[float, ...] = (1.0,)  # of P, with which inputs of norms with running statistics grow
-    left_out_without_decay: tuple[str, ...] = ()  # beside `left_out` and all of bias_and_norm
+    without_effect: tuple[str, ...] = ()
+
+    def invariant(self, model: nn.Module, no_decay: bool) -> set[str]:
+        def some(patterns: tuple[str, ...]) -> set[str]:
+            return {
+                n for n, p in model.named_parameters() if p.requires_grad and any(fnmatch(n, x) for x in patterns)
+            }
+
+        if not no_decay:
+            return some(self.scaled) if self.scaled else some(("*",)) - some(self.left_out)
+        weights = {n for n in some(("*",)) if model.get_parameter(n).dim() > 1 and not n.endswith("bias")}
+        return weights - some(self.held)
 
     def model(self, eps: float | None = 1e-30) -> nn.Module:
         """In float64, from seed 0, with this eps in its norms (None: their own)."""
@@ -249,14 +270,62 @@ class Case:
 
     def loss(self, model: nn.Module, t: int) -> Tensor:
         x, y = self.batch(t)
-        out = model(x)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(t)
+            out = model(x)
         if isinstance(out, dict):
             return -out["probabilities"].gather(1, y[:, None]).log().mean()
         return cross_entropy(out.flatten(0, -2), y.flatten())
 
 
-EMPTY = ("",)  # everything is left out
+LAST = ("8.*", "11.*")  # the last norm and the head of `vgg`
+VGG = {"left_out": LAST, "held": ("11.*",)}
 
 CASES = {
-    "vgg": Case(vgg, ("9.", "11.")),
+    "VGG": Case(vgg, **VGG),
+    # Scales would bring the input of the next norm to P², where the bias before it cannot follow.
+    "VGG, biases before norms": Case(
+        lambda: vgg(bias=True), ("1.*", "4.*", *LAST), held=("11.*",), without_effect=("0.bias", "3.bias", "7.bias")
+    ),
+    "VGG, GELU": Case(lambda: vgg(act=nn.GELU), ("1.*", "4.*", *LAST), held=("11.*",)),
+    "GroupNorm": Case(lambda: vgg(norm=lambda n: nn.GroupNorm(2, n)), **VGG),
+    "LayerNorm": Case(lambda: vgg(norm=ChannelNorm), **VGG),
+    "InstanceNorm": Case(
+        lambda: vgg(norm=lambda n: nn.InstanceNorm2d(n, affine=True, track_running_stats=True)), **VGG
+    ),
+    "InstanceNorm, biases before it": Case(
+        lambda: vgg(bias=True, norm=lambda n: nn.InstanceNorm2d(n, affine=True)),
+        ("0.bias", "3.bias", "7.bias", *LAST),
+        held=("11.*",),
+        without_effect=("0.bias", "3.bias", "7.bias"),
+    ),
+    "weight norm": Case(weight_norm, scaled=("*original1",), held=("4.*", "*original0")),
+    "two in a row": Case(PowerTwo, ("bn.*", "head.*"), held=("head.*",)),
+    "ResNet": Case(resnet, ("5.bn2.*", "5.down.1.*", "6.bn2.*", "7.*"), held=("7.*",)),
+    # Both convolutions of a block end at the power of the stream; only after the first shortcut is that P².
+    "pre-activation ResNet": Case(preact, ("[12].bn2.*", "5.*", "7.*"), held=("7.*",)),
+    "DenseNet": Case(densenet, ("[12].bn2.*", "8.*", "10.*"), held=("10.*",)),
+    "squeeze-and-excitation": Case(se_net, scaled=("[037].weight",), held=("6.*", "9.*")),
+    # All that writes to the stream of a stage; biases that would have to grow with it are held without decay.
+    "ConvNeXt": Case(convnext, scaled=("[015].*", "*.down.*", "*.depthwise.bias"), held=("*",)),
+    "GPT": Case(
+        lambda: GPT(tied=False),
+        scaled=("tokens.*", "positions.*", "*.down.*", "*.v.*", "*.proj.bias"),
+        held=("*",),
+        tokens=True,
+        without_effect=("*.k.bias",),
+    ),
+    "GPT, tied head": Case(lambda: GPT(tied=True), ("*",), held=("*",), tokens=True, without_effect=("*.k.bias",)),
+    "GPT, QK-norm": Case(
+        lambda: GPT(tied=False, qk_norm=True),
+        scaled=("tokens.*", "positions.*", "*.down.*", "*.v.*", "*.[qk].weight"),
+        held=("*.v.*", "*.up.*", "head.*"),
+        tokens=True,
+        without_effect=("*.k_norm.bias",),
+    ),
+    "used twice": Case(UsedTwice, ("shared.*", "bn3.*", "head.*"), held=("shared.*", "head.*")),
+    "unused": Case(
+        Unused, scaled=("conv.*",), held=("forgotten.*", "head.*"), without_effect=("forgotten.*", "shift")
+    ),
+    "no norm": Case(mlp, ("*",), held=("*",)),
 }

@@ -26,7 +26,9 @@ NOISE = 1e-6  # of reduced equations, whose exact coefficients are ratios of sma
 PATIENCE = 8  # the rank has settled when it did not grow for so many inputs
 
 PINNED = "moves the output, whatever is scaled with it"
-OPPOSED = "only if another shrinks, or at the cost of a larger set"
+OPPOSED = "only while another shrinks"
+NEEDS_HELD = "only with some that no_decay holds out"
+SMALLER = "only at the cost of a larger set"
 HELD = "held out by no_decay"
 NO_EFFECT = "no effect on the output"
 FOLLOWS = "no effect, no decay: scaled like the running statistics"
@@ -180,11 +182,13 @@ def param_groups(
             "scale_invariant": True,
             "norm_stats": stats,
         },
-        {**options, "params": [p for name, p in rest.items() if name not in still]},
-        {**options, "params": [rest[name] for name in still], "weight_decay": 0.0},
+        {**options, "params": [p for name, p in rest.items() if name not in still], "scale_invariant": False},
+        {**options, "params": [rest[n] for n in still], "scale_invariant": False, "weight_decay": 0.0},
     ]
     if not found.invariant:
-        warnings.warn(f"nothing is scale-invariant, so nothing is gained over SGD: {_why_empty(found)}", stacklevel=2)
+        warnings.warn(
+            f"no parameters are scale-invariant, all groups are ordinary: {_why_empty(found)}", stacklevel=2
+        )
     return [group for group in groups if group["params"]]
 
 
@@ -194,16 +198,10 @@ def bias_or_norm(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _why_empty(found: Audit) -> str:
-    held = [n for n in found.rest if found.reasons[n] == HELD]
-    if held:
-        return f"without the {len(held)} parameters that no_decay holds out, no set of the others is"
-    pinned = sorted((n for n in found.rest if found.reasons[n] == PINNED), key=lambda n: -found.sizes[n])
-    if pinned:
-        return (
-            f"{len(pinned)} of {len(found.rest)} parameters move the output by themselves, as {pinned[0]} does; the "
-            "others only go with them"
-        )
-    return "no parameter can grow unless another shrinks (is there a norm?)"
+    why = {}
+    for name in sorted(found.rest, key=lambda name: -found.sizes[name]):
+        why.setdefault(found.reasons[name], []).append(name)
+    return "; ".join(f"{len(names)} parameters ({names[0]}, …) {reason}" for reason, names in why.items())
 
 
 def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
@@ -233,13 +231,13 @@ def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
     probe.as_it_was(model)
     eps_deviation = probe.scaled(powers, 2.0).output if invariant else 0.0
 
-    pinned = {int(row.nonzero()[0]) for row in reduced if row.count_nonzero() == 1}
     reasons = {}
     for i, name in enumerate(names):
-        if name in invariant:
-            continue
-        why = PINNED if i in pinned else OPPOSED
-        reasons[name] = FOLLOWS if name in powers else HELD if held[i] else why if effect[i] or seen[i] else NO_EFFECT
+        if name in powers and name not in invariant:
+            reasons[name] = FOLLOWS
+        elif name not in invariant:
+            seen_at_all = effect[i] or seen[i]
+            reasons[name] = HELD if held[i] else _why_not(i, reduced, bounds) if seen_at_all else NO_EFFECT
     return Audit(
         invariant=invariant,
         sets=[[names[i] for i in part] for part in _parts(reduced, chosen, follows)],
@@ -344,8 +342,9 @@ def _collect(probe: Probe, n: int, K: int, max_rows: int | None, progress) -> Eq
     raise AuditError(f"the rank of the equations has not settled: it is {rank} after max_rows = {limit} rows")
 
 
-def _largest(reduced: Tensor, sizes: list[int], bounds: list[tuple]) -> list[float]:
-    """Maximises Σ sizes[i]·d_i over d_i in bounds, 0 or 1 but where unbounded, with `reduced`·(d, D) = 0."""
+def _largest(reduced: Tensor, sizes: list[int], bounds: list[tuple], whole: bool = True) -> list[float]:
+    """Maximises Σ sizes[i]·d_i over d_i in bounds, 0 or 1 (if `whole`) but where unbounded, with `reduced`·(d, D) = 0;
+    returns d and D."""
     optimize = _scipy()
     K = reduced.shape[1] - len(sizes)
     total = max(sum(sizes), 1)
@@ -354,12 +353,22 @@ def _largest(reduced: Tensor, sizes: list[int], bounds: list[tuple]) -> list[flo
         A_eq=reduced.numpy() if len(reduced) else None,
         b_eq=[0.0] * len(reduced) if len(reduced) else None,
         bounds=[*bounds, *[(None, None)] * K],
-        integrality=[int(b != (None, None)) for b in bounds] + [0] * K,
+        integrality=[int(whole and b != (None, None)) for b in bounds] + [0] * K,
         method="highs",
     )
     if not answer.success:
         raise AuditError(f"the integer programme of {len(sizes)} parameters was not solved: {answer.message}")
     return answer.x.tolist()
+
+
+def _why_not(i: int, reduced: Tensor, bounds: list[tuple]) -> str:
+    """Why parameter i is not in the largest set, though it could be."""
+    if any(row[i] != 0 and row.count_nonzero() == 1 for row in reduced):
+        return PINNED
+    alone = [int(j == i) for j in range(len(bounds))]
+    if _largest(reduced, alone, [b if b == (None, None) else (0, 1) for b in bounds], whole=False)[i] < NOISE:
+        return OPPOSED
+    return NEEDS_HELD if _largest(reduced, alone, bounds, whole=False)[i] < NOISE else SMALLER
 
 
 def _confirm(
