@@ -37,7 +37,8 @@ class Change(NamedTuple):
     """What really scaling some parameters by c did."""
 
     output: float  # the largest relative change of an output tensor
-    powers: dict[str, float]  # log_c of the ratio of each running statistic, nan where it is not a number
+    powers: dict[str, float]  # log_c of the ratio of each running statistic, nan where it was not touched,
+    # inf where it is not a multiple of itself
 
 
 class Probe:
@@ -273,11 +274,9 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def _log_ratio(after: Tensor, before: Tensor, c: float) -> float:
-    """log_c of ‖after‖/‖before‖; nan where one of them is 0, or they are not multiples of one another."""
+    """log_c of ‖after‖/‖before‖; nan where both are 0, inf where they are not multiples of one another."""
+    if not after.any() and not before.any():
+        return math.nan
     ratio = after.norm() / before.norm()
-    multiple = (
-        torch.isfinite(ratio)
-        and ratio > 0
-        and (after - ratio * before).norm() <= torch.finfo(after.dtype).eps ** 0.4 * after.norm()
-    )
-    return math.log(ratio.item(), c) if multiple else math.nan
+    multiple = (after - ratio * before).norm() <= torch.finfo(after.dtype).eps ** 0.4 * after.norm()
+    return math.log(ratio.item(), c) if multiple and 0 < ratio < math.inf else math.inf
