@@ -269,13 +269,22 @@ class Case:
         return x, x.mean((1, 2)).mul(20).sum(1).long() % CLASSES
 
     def loss(self, model: nn.Module, t: int) -> Tensor:
-        x, y = self.batch(t)
-        with torch.random.fork_rng(devices=[]):
+        device = next(model.parameters()).device
+        x, y = (tensor.to(device) for tensor in self.batch(t))
+        with torch.random.fork_rng():
             torch.manual_seed(t)
-            out = model(x)
-        if isinstance(out, dict):
-            return -out["probabilities"].gather(1, y[:, None]).log().mean()
+            out = self.logits(model(x))
         return cross_entropy(out.flatten(0, -2), y.flatten())
+
+    def evaluate(self, model: nn.Module) -> Tensor:
+        """Outputs in eval mode; the model is in train mode after it."""
+        with torch.no_grad():
+            out = self.logits(model.eval()(self.batch(1000)[0].to(next(model.parameters()).device)))
+        model.train()
+        return out
+
+    def logits(self, out: Tensor | dict[str, Tensor]) -> Tensor:
+        return out["probabilities"].log() if isinstance(out, dict) else out
 
 
 LAST = ("8.*", "11.*")  # the last norm and the head of `vgg`

@@ -3,6 +3,8 @@ texp.param_groups visits the functions of torch.optim.SGD, running statistics in
 
 import contextlib
 import copy
+import dataclasses
+import itertools
 import random
 import subprocess
 import sys
@@ -17,7 +19,6 @@ import texp
 from tests.conftest import relative_error
 from tests.models import CASES, Case, vgg
 from texp.invariance import bias_or_norm
-from texp.probe import Probe
 
 STEPS = 100
 # λη = 0.002 is within the theorem's range of 0.0026 for γ = 0.9: P passes 2 some three times in these steps.
@@ -41,7 +42,7 @@ class TestKnownAnswers:
         assert sorted(found.invariant + found.rest) == sorted(trainable)
         expected = [n for n in trainable if any(fnmatch(n, x) for x in case.without_effect)]
         assert found.without_effect == expected
-        assert sorted(sum(found.sets, [])) == sorted(found.invariant)
+        assert sorted(itertools.chain(*found.sets)) == sorted(found.invariant)
         assert found.gap > 1e6
         assert found.deviation < 1e-12
         assert "singular gap" in str(found)
@@ -83,13 +84,18 @@ def differing(case: Case, models: list[nn.Module], optimizers: list, steps: int 
             losses.append(loss.item())
         differences.append(abs(losses[1] / losses[0] - 1))
         if t % 10 == 9:
-            with torch.no_grad():
-                outputs = [model.eval()(case.batch(1000)[0]) for model in models]
-            outputs = [out["probabilities"] if isinstance(out, dict) else out for out in outputs]
+            outputs = [case.evaluate(model) for model in models]
             differences.append(relative_error(outputs[1], outputs[0]))
-            for model in models:
-                model.train()
     return differences
+
+
+def against_sgd(case: Case, change=lambda groups, model: None) -> float:
+    """The largest difference when `change` was made to the groups."""
+    expected, actual = case.model(), case.model()
+    groups = texp.param_groups(actual, case.batch(0)[0], **OPTIONS)
+    change(groups, actual)
+    optimizers = [torch.optim.SGD(expected.parameters(), **OPTIONS), texp.SGD(groups)]
+    return max(differing(case, [expected, actual], optimizers))
 
 
 BIASED = CASES["VGG, biases before norms"]
@@ -99,11 +105,10 @@ class TestGroups:
     @pytest.mark.parametrize("no_decay", [None, "bias_and_norm"])
     def test_every_backend_scales_what_must_grow(self, swift_target, no_decay):
         """Running statistics, and without decay also the biases that they see."""
-        expected, actual = BIASED.model(), BIASED.model().to(swift_target.device)
+        expected, actual = (BIASED.model().to(swift_target.device) for _ in range(2))
         groups = texp.param_groups(actual, BIASED.batch(0)[0], no_decay=no_decay, **OPTIONS, nesterov=True)
         optimizer = swift_target.sgd(groups)
         plain = torch.optim.SGD(plain_groups(expected, no_decay), **OPTIONS, nesterov=True)
-        actual.cpu() if swift_target.device == "cpu" else expected.to(swift_target.device)
         assert max(differing(BIASED, [expected, actual], [plain, optimizer], 60)) < 1e-9
 
     def test_what_is_in_them(self):
@@ -140,43 +145,17 @@ class TestGroups:
 
     def test_a_wrong_group_diverges(self):
         """The head, which the audit leaves out, marked by hand."""
-        case = CASES["VGG"]
-        expected, actual = case.model(), case.model()
-        groups = texp.param_groups(actual, case.batch(0)[0], **OPTIONS)
-        assert (
-            max(
-                differing(
-                    case, [expected, actual], [torch.optim.SGD(expected.parameters(), **OPTIONS), texp.SGD(groups)]
-                )
-            )
-            < 1e-9
-        )
-        expected, actual = case.model(), case.model()
-        groups = texp.param_groups(actual, case.batch(0)[0], **OPTIONS)
-        groups[0]["params"].append(actual[11].weight)
-        groups[1]["params"] = [p for p in groups[1]["params"] if p is not actual[11].weight]
-        assert (
-            max(
-                differing(
-                    case, [expected, actual], [torch.optim.SGD(expected.parameters(), **OPTIONS), texp.SGD(groups)]
-                )
-            )
-            > 1e-3
-        )
+
+        def mark_the_head(groups, model):
+            head = model[11].weight
+            groups[0]["params"].append(head)
+            groups[1]["params"] = [p for p in groups[1]["params"] if p is not head]
+
+        assert against_sgd(CASES["VGG"]) < 1e-9
+        assert against_sgd(CASES["VGG"], mark_the_head) > 1e-3
 
     def test_without_statistics_evaluation_is_wrong(self):
-        case = CASES["ResNet"]
-        expected, actual = case.model(), case.model()
-        groups = texp.param_groups(actual, case.batch(0)[0], **OPTIONS)
-        groups[0]["norm_stats"] = []
-        assert (
-            max(
-                differing(
-                    case, [expected, actual], [torch.optim.SGD(expected.parameters(), **OPTIONS), texp.SGD(groups)]
-                )
-            )
-            > 1e-3
-        )
+        assert against_sgd(CASES["ResNet"], lambda groups, model: groups[0].update(norm_stats=[])) > 1e-3
 
 
 def everything(model: nn.Module) -> list:
@@ -243,3 +222,147 @@ class TestLeavesNoTrace:
         code += "try: texp.audit(None)\nexcept ImportError as error: print(error)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert "pip install scipy" in done.stdout
+
+
+def example(n: int = 4) -> torch.Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@dataclasses.dataclass
+class Out:
+    logits: torch.Tensor
+    extra: tuple
+
+
+class Wrapped(nn.Module):
+    """`how` turns the model and the input into an output, or into something else."""
+
+    def __init__(self, how, **parts) -> None:
+        super().__init__()
+        self.model, self.how = vgg(), how
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args):
+        return self.how(self, *args)
+
+
+class TestModels:
+    """What may go in, and come out."""
+
+    @pytest.mark.parametrize(
+        "how",
+        [
+            lambda m, x: (m.model(x), 3, [None]),
+            lambda m, x: {"a": {"b": [m.model(x)]}, "label": "cat"},
+            lambda m, x: Out(m.model(x), (m.model(x).argmax(1),)),
+            lambda m, x: m.model(x).logsumexp(1).mean(),
+        ],
+    )
+    def test_outputs(self, how):
+        found = texp.audit(Wrapped(how), example())
+        assert found.rest == [f"model.{n}" for n in ("8.weight", "8.bias", "11.weight", "11.bias")]
+
+    def test_inputs(self):
+        """Nested, of several kinds, and a `forward` of one's own."""
+        batch = {"image": example(), "masks": [torch.ones(4, dtype=torch.bool)], "name": "cat"}
+
+        def forward(model, batch, scale):
+            return model.model(batch["image"] * scale)[batch["masks"][0]]
+
+        found = texp.audit(Wrapped(None), batch, torch.tensor(2), forward=forward)
+        assert len(found.rest) == 4
+
+    def test_outputs_that_are_seen_are_not_free_to_grow(self):
+        """A hidden layer among the outputs."""
+        found = texp.audit(Wrapped(lambda m, x: (m.model(x), m.model[:4](x))), example())
+        assert "model.3.weight" in found.rest
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_models_of_low_precision(self, dtype):
+        assert len(texp.audit(vgg().to(dtype), example()).rest) == 4
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_an_audit_in_float32(self, name):
+        case, model = CASES[name], CASES[name].model()
+        found = texp.audit(model, case.batch(0)[0], dtype=torch.float32)
+        assert set(found.invariant) == case.invariant(model, no_decay=False)
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+    def test_weights_that_hooks_compute(self):
+        """torch's older weight_norm leaves computed tensors in the module, which deepcopy refuses."""
+        model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+        model(example())
+        assert texp.audit(model, example()).invariant == ["0.weight_v"]
+
+    def test_spectral_norm(self):
+        """Its estimates are buffers that every forward pass in train mode changes."""
+        conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))
+        model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+        assert texp.audit(model, example()).invariant == ["0.parametrizations.weight.original"]
+
+    def test_sparse_gradients(self):
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.LayerNorm(4), nn.Flatten(), nn.Linear(20, 3))
+        tokens = torch.arange(40).view(8, 5) % 9
+        assert texp.audit(model, tokens).invariant == ["0.weight"]
+
+    def test_a_large_eps_is_told(self):
+        """The set is that of eps = 0; what the eps spoils is measured with the model's own."""
+        small, large = (CASES["VGG"].model(eps) for eps in (None, 0.5))
+        audits = [texp.audit(model, example()) for model in (small, large)]
+        assert audits[0].invariant == audits[1].invariant
+        assert audits[0].eps_deviation < 1e-3
+        assert audits[1].eps_deviation > 0.1
+
+    def test_progress(self):
+        seen = []
+        found = texp.audit(vgg(), example(), progress=lambda *args: seen.append(args))
+        assert seen[-1][:2] == (found.rows, found.rank)
+
+
+class TestNotClearCut:
+    def test_the_rank_has_not_settled(self):
+        with pytest.raises(texp.AuditError, match=r"has not settled: it is 8 after max_rows = 16"):
+            texp.audit(vgg(), example(), max_rows=16)
+
+    def test_what_gradients_do_not_see(self):
+        """The norm of a weight, detached."""
+        model = Wrapped(lambda m, x: m.model(x) + m.model[0].weight.detach().norm())
+        with pytest.raises(texp.AuditError, match="the output moves by"):
+            texp.audit(model, example())
+
+    def test_a_lower_precision_inside(self):
+        def how(m, x):
+            half = copy.deepcopy(m.model[:3]).float()
+            y = torch.func.functional_call(half, {n: p.float() for n, p in m.model[:3].named_parameters()}, x.float())
+            return m.model[3:](y.double())
+
+        with pytest.raises(texp.AuditError, match="compute in a lower precision"):
+            texp.audit(Wrapped(how), example())
+
+    def test_statistics_of_another_kind(self):
+        class Strange(nn.BatchNorm2d):
+            def forward(self, x):
+                self.running_mean.copy_(x.detach().mean((0, 2, 3)).exp())
+                return super().forward(x)
+
+        with pytest.raises(texp.AuditError, match="running_mean does not grow as a power of the scale"):
+            texp.audit(vgg(norm=Strange), example())
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (vgg().requires_grad_(False), "no trainable parameters"),
+            (nn.Sequential(nn.LazyConv2d(3, 3)), "0.weight has no shape yet"),
+            (Wrapped(lambda m, x: x, z=nn.Parameter(torch.ones(2, dtype=torch.complex64))), "z is complex"),
+            (Wrapped(lambda m, x: x.argmax(1)), "no tensor of floating-point numbers"),
+            (Wrapped(lambda m, x: x), "depends on none of the trainable parameters"),
+            (Wrapped(lambda m, x: m.model(x) / 0), "not finite"),
+            (nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4)), "4 channels sees 2 values per channel"),
+        ],
+    )
+    def test_what_cannot_be_audited(self, model, message):
+        with pytest.raises(ValueError, match=message):
+            texp.audit(model, example(2))

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from texp.probe import Probe, Row, no_trace
 
-NOISE = 1e-6  # of reduced equations, whose exact coefficients are ratios of small integers
 PATIENCE = 8  # the rank has settled when it did not grow for so many inputs
 
 PINNED = "moves the output, whatever is scaled with it"
@@ -66,8 +66,8 @@ class Audit:
         trainable = self.invariant + self.rest
         scaled, total = (sum(self.sizes[n] for n in names) for names in (self.invariant, trainable))
         lines = [
-            f"scale-invariant together: {len(self.invariant)} of {len(trainable)} trainable parameters, {scaled:,} of "
-            f"{total:,} numbers ({self.fraction:.2%})",
+            f"scale-invariant together: {len(self.invariant)} of {len(trainable)} trainable parameters, {scaled:,} "
+            f"of {total:,} numbers ({self.fraction:.2%})",
             f"parts that are so alone: {len(self.sets)}, the largest of {max(map(len, self.sets), default=0)} "
             f"parameters; running statistics that grow with them: {len(self.norm_stats)}",
         ]
@@ -85,8 +85,8 @@ class Audit:
             lines.append(f"scaled, but seen by running statistics alone: {', '.join(unseen)}")
         lines += [
             f"rank {self.rank} of {self.rows} rows, singular gap {self.gap:.1e}",
-            f"scaled by 2 and by 1/2, the output moves by {self.deviation:.1e} (relative); with the model's own weights "
-            f"and eps, by {self.eps_deviation:.1e}",
+            f"scaled by 2 and by 1/2, the output moves by {self.deviation:.1e} (relative); with the model's own "
+            f"weights and eps, by {self.eps_deviation:.1e}",
         ]
         return "\n".join(lines)
 
@@ -313,14 +313,15 @@ class Equations:
         dropped = s[rank].item() if rank < len(s) else 0.0
         if kept < self.clear:
             raise AuditError(
-                f"the rank of the equations is not clear: singular value {rank} of {len(s)} is {kept:.2e} and the next "
-                f"{dropped:.2e}, where less than {self.tol:.1e} is rounding error and more than {self.clear:.1e} is "
-                "not. Does the forward pass compute in a lower precision, or a norm add an eps that is no attribute?"
+                f"the rank of the equations is not clear: singular value {rank} of {len(s)} is {kept:.2e} and the "
+                f"next {dropped:.2e}, where less than {self.tol:.1e} is rounding error and more than {self.clear:.1e} "
+                "is not. Does the forward pass compute in a lower precision, or a norm add an eps that is no "
+                "attribute?"
             )
         # Reduced in the units in which rounding errors are small, then brought to those of d and D.
-        reduced = _echelon(V[:rank]) * units
+        reduced = _echelon(V[:rank], self.clear) * units
         reduced /= reduced.abs().amax(1, keepdim=True)
-        return _cut(reduced), kept / max(dropped, self.eps)
+        return _exact(reduced, self.clear), kept / max(dropped, self.eps)
 
 
 def _collect(probe: Probe, n: int, K: int, max_rows: int | None, progress) -> Equations:
@@ -343,8 +344,8 @@ def _collect(probe: Probe, n: int, K: int, max_rows: int | None, progress) -> Eq
 
 
 def _largest(reduced: Tensor, sizes: list[int], bounds: list[tuple], whole: bool = True) -> list[float]:
-    """Maximises Σ sizes[i]·d_i over d_i in bounds, 0 or 1 (if `whole`) but where unbounded, with `reduced`·(d, D) = 0;
-    returns d and D."""
+    """Maximises Σ sizes[i]·d_i with `reduced`·(d, D) = 0, over d_i in bounds, 0 or 1 (if `whole`) but where
+    unbounded; returns d and D."""
     optimize = _scipy()
     K = reduced.shape[1] - len(sizes)
     total = max(sum(sizes), 1)
@@ -366,9 +367,9 @@ def _why_not(i: int, reduced: Tensor, bounds: list[tuple]) -> str:
     if any(row[i] != 0 and row.count_nonzero() == 1 for row in reduced):
         return PINNED
     alone = [int(j == i) for j in range(len(bounds))]
-    if _largest(reduced, alone, [b if b == (None, None) else (0, 1) for b in bounds], whole=False)[i] < NOISE:
+    if _largest(reduced, alone, [b if b == (None, None) else (0, 1) for b in bounds], whole=False)[i] < 1e-6:
         return OPPOSED
-    return NEEDS_HELD if _largest(reduced, alone, bounds, whole=False)[i] < NOISE else SMALLER
+    return NEEDS_HELD if _largest(reduced, alone, bounds, whole=False)[i] < 1e-6 else SMALLER
 
 
 def _confirm(
@@ -408,7 +409,7 @@ def _parts(reduced: Tensor, chosen: list[bool], free: list[bool]) -> list[list[i
         return []
     others = [i for i, f in enumerate(free) if f] + list(range(len(chosen), reduced.shape[1]))
     # First the unknown powers: the rows that are left without them are equations between parameters alone.
-    ordered = _echelon(reduced[:, others + S], first=len(others))
+    ordered = _exact(_echelon(reduced[:, others + S], first=len(others)), 1e-6)
     between = ordered[(ordered[:, : len(others)] == 0).all(1), len(others) :]
     label = list(range(len(S)))
     for row in between:
@@ -417,27 +418,35 @@ def _parts(reduced: Tensor, chosen: list[bool], free: list[bool]) -> list[list[i
     return [[i for i, x in zip(S, label, strict=True) if x == part] for part in sorted(set(label))]
 
 
-def _echelon(A: Tensor, first: int = 0) -> Tensor:
-    """Reduced row echelon form, without rows of zeros; each pivot is the largest entry that is left, in the first
-    `first` columns while they have any."""
+def _echelon(A: Tensor, noise: float = 1e-6, first: int = 0) -> Tensor:
+    """Reduced row echelon form, without rows of less than `noise`; each pivot is the largest entry that is left, in
+    the first `first` columns while they have any."""
     A = A.clone()
     for done in range(len(A)):
         left = A[done:].abs()
-        if first and left[:, :first].max() > NOISE:
+        if first and left[:, :first].max() > noise:
             left = left[:, :first]
-        if left.max() <= NOISE:
-            return _cut(A[:done])
+        if left.max() <= noise:
+            return A[:done]
         row, column = divmod(int(left.argmax()), left.shape[1])
         A[[done, done + row]] = A[[done + row, done]]
         A[done] /= A[done, column].item()
         factors = A[:, column].clone()
         factors[done] = 0
         A -= factors[:, None] * A[done]
-    return _cut(A)
+    return A
 
 
-def _cut(A: Tensor) -> Tensor:
-    return torch.where(A.abs() > NOISE, A, torch.zeros_like(A))
+def _exact(A: Tensor, noise: float) -> Tensor:
+    """Coefficients without their rounding errors: powers of a scale are ratios of small integers."""
+    exact = A.clone().apply_(lambda x: float(Fraction(x).limit_denominator(24)))
+    error = (A - exact).abs().max().item() if len(A) else 0.0
+    if error > noise:
+        raise AuditError(
+            f"the equations are not clear: a coefficient is {error:.1e} from a ratio of small integers, where less than "
+            f"{noise:.1e} is rounding error"
+        )
+    return exact
 
 
 def _snap(power: float) -> float:
