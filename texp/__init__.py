@@ -1,7 +1,8 @@
 """texp: SGD with momentum in the exponential-learning-rate form of Li & Arora (ICLR 2020)."""
 
 from texp import backends, schedules, theory
-from texp.invariance import Audit, AuditError, audit, param_groups
+from texp.equations import AuditError
+from texp.invariance import Audit, audit, param_groups
 from texp.optimizer import SGD
 
 __all__ = ["SGD", "Audit", "AuditError", "audit", "backends", "param_groups", "schedules", "theory"]

@@ -15,13 +15,13 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from texp.probe import Probe, Row, no_trace
+from texp.equations import FREE, AuditError, Bounds, Equations, largest, parts, scipy_optimize
+from texp.probe import Probe, no_trace
 
 PATIENCE = 8  # the rank has settled when it did not grow for so many inputs
 
@@ -32,10 +32,6 @@ SMALLER = "only at the cost of a larger set"
 HELD = "held out by no_decay"
 NO_EFFECT = "no effect on the output"
 FOLLOWS = "no effect, no decay: scaled like the running statistics"
-
-
-class AuditError(RuntimeError):
-    """The numbers do not say which parameters are scale-invariant; the message has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +122,7 @@ def audit(
     values leave no gap, or S fails when it is really scaled. Raises ValueError for a model without trainable
     parameters, with complex or uninitialised ones, and for outputs that are not finite, or do not depend on them.
     """
-    _scipy()  # an ImportError before the work rather than after it
+    scipy_optimize()  # an ImportError before the work rather than after it
     if device is None:
         device = next((p.device for p in model.parameters()), "cpu")
     device = torch.device(device)
@@ -218,11 +214,11 @@ def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
     # What only running statistics see has no gradient: without decay it never moves, and may follow any power.
     follows = [h and s and not e for h, s, e in zip(held, seen, effect, strict=True)]
     bounds = [
-        (None, None) if f else (0, 0 if h or not (e or s) else 1)
+        FREE if f else (0, 0 if h or not (e or s) else 1)
         for f, h, e, s in zip(follows, held, effect, seen, strict=True)
     ]
     reduced, gap = equations.reduced()
-    values = _largest(reduced, [0 if f else size for f, size in zip(follows, sizes, strict=True)], bounds)
+    values = largest(reduced, [0 if f else size for f, size in zip(follows, sizes, strict=True)], bounds)
     chosen = [v > 0.5 and not f for v, f in zip(values, follows, strict=False)]
     invariant = [name for name, c in zip(names, chosen, strict=True) if c]
     powers = dict.fromkeys(invariant, 1.0)
@@ -240,7 +236,7 @@ def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
             reasons[name] = HELD if held[i] else _why_not(i, reduced, bounds) if seen_at_all else NO_EFFECT
     return Audit(
         invariant=invariant,
-        sets=[[names[i] for i in part] for part in _parts(reduced, chosen, follows)],
+        sets=[[names[i] for i in part] for part in parts(reduced, chosen, follows)],
         rest=[name for name in names if name not in invariant],
         frozen=[name for name, p in params.items() if not p.requires_grad],
         without_effect=[name for name, e in zip(names, effect, strict=True) if not e],
@@ -254,74 +250,6 @@ def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
         deviation=deviation,
         eps_deviation=eps_deviation,
     )
-
-
-class Equations:
-    """Rows over n parameters and K norms, and what is needed to tell them from rounding errors."""
-
-    def __init__(self, n: int, K: int, dtype: torch.dtype) -> None:
-        self.n, self.K = n, K
-        self.eps = torch.finfo(dtype).eps
-        # Cosines below the first are rounding errors, those above the second are not; in float64 4e-10 and 5e-7.
-        self.tol, self.clear = self.eps**0.6, self.eps**0.4
-        self.rows: list[Row] = []
-        self.inputs: list[int] = []  # which input each row is of
-
-    @property
-    def count(self) -> int:
-        return len(self.rows)
-
-    def effects(self) -> tuple[list[bool], list[bool]]:
-        """For each parameter, whether outputs depend on it, and whether running statistics do."""
-        found = []
-        for of_output in (True, False):
-            most = torch.zeros(self.n, dtype=torch.float64)
-            for row in self.rows:
-                if row.of_output == of_output:
-                    most = torch.maximum(most, row.sizes / row.sizes.max().clamp_min(1e-300))
-            found.append(most > self.tol)
-        return found[0], found[1]
-
-    def singular(self, inputs: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular values and right singular vectors of the rows of the first `inputs` inputs, and the units of
-        their columns.
-
-        A row is taken in units of its largest ‖p_i‖‖g_i‖, a column then in units of their root mean square: what is
-        left are cosines between parameters and gradients, next to which rounding errors are a few ε.
-        """
-        rows = [row for row, i in zip(self.rows, self.inputs, strict=True) if inputs is None or i < inputs]
-        A = torch.stack([torch.cat([row.products, -row.degrees]) for row in rows])
-        sizes = torch.stack([torch.cat([row.sizes, row.degrees.abs()]) for row in rows])
-        largest = sizes.amax(1, keepdim=True).clamp_min(1e-300)
-        units = (sizes / largest).square().mean(0).sqrt()
-        # Nothing depends on these, as far as can be told: not to be blown up.
-        units = torch.where(units > self.tol, units, torch.ones_like(units))
-        _, s, V = torch.linalg.svd(A / largest / units, full_matrices=False)
-        return s / math.sqrt(len(rows)), V, units
-
-    def rank(self, inputs: int | None = None) -> int:
-        return int((self.singular(inputs)[0] > self.tol).sum())
-
-    def reduced(self) -> tuple[Tensor, float]:
-        """The equations in reduced row echelon form, (rank, n + K), with their rounding errors cut off; the gap.
-
-        Raises AuditError where a singular value is between what is rounding error and what is not.
-        """
-        s, V, units = self.singular()
-        rank = int((s > self.tol).sum())
-        kept = s[rank - 1].item() if rank else 1.0
-        dropped = s[rank].item() if rank < len(s) else 0.0
-        if kept < self.clear:
-            raise AuditError(
-                f"the rank of the equations is not clear: singular value {rank} of {len(s)} is {kept:.2e} and the "
-                f"next {dropped:.2e}, where less than {self.tol:.1e} is rounding error and more than {self.clear:.1e} "
-                "is not. Does the forward pass compute in a lower precision, or a norm add an eps that is no "
-                "attribute?"
-            )
-        # Reduced in the units in which rounding errors are small, then brought to those of d and D.
-        reduced = _echelon(V[:rank], self.clear) * units
-        reduced /= reduced.abs().amax(1, keepdim=True)
-        return _exact(reduced, self.clear), kept / max(dropped, self.eps)
 
 
 def _collect(probe: Probe, n: int, K: int, max_rows: int | None, progress) -> Equations:
@@ -343,33 +271,14 @@ def _collect(probe: Probe, n: int, K: int, max_rows: int | None, progress) -> Eq
     raise AuditError(f"the rank of the equations has not settled: it is {rank} after max_rows = {limit} rows")
 
 
-def _largest(reduced: Tensor, sizes: list[int], bounds: list[tuple], whole: bool = True) -> list[float]:
-    """Maximises Σ sizes[i]·d_i with `reduced`·(d, D) = 0, over d_i in bounds, 0 or 1 (if `whole`) but where
-    unbounded; returns d and D."""
-    optimize = _scipy()
-    K = reduced.shape[1] - len(sizes)
-    total = max(sum(sizes), 1)
-    answer = optimize.linprog(
-        [-size / total for size in sizes] + [0.0] * K,
-        A_eq=reduced.numpy() if len(reduced) else None,
-        b_eq=[0.0] * len(reduced) if len(reduced) else None,
-        bounds=[*bounds, *[(None, None)] * K],
-        integrality=[int(whole and b != (None, None)) for b in bounds] + [0] * K,
-        method="highs",
-    )
-    if not answer.success:
-        raise AuditError(f"the integer programme of {len(sizes)} parameters was not solved: {answer.message}")
-    return answer.x.tolist()
-
-
-def _why_not(i: int, reduced: Tensor, bounds: list[tuple]) -> str:
+def _why_not(i: int, reduced: torch.Tensor, bounds: list[Bounds]) -> str:
     """Why parameter i is not in the largest set, though it could be."""
     if any(row[i] != 0 and row.count_nonzero() == 1 for row in reduced):
         return PINNED
     alone = [int(j == i) for j in range(len(bounds))]
-    if _largest(reduced, alone, [b if b == (None, None) else (0, 1) for b in bounds], whole=False)[i] < 1e-6:
+    if largest(reduced, alone, [b if b == FREE else (0, 1) for b in bounds], whole=False)[i] < 1e-6:
         return OPPOSED
-    return NEEDS_HELD if _largest(reduced, alone, bounds, whole=False)[i] < 1e-6 else SMALLER
+    return NEEDS_HELD if largest(reduced, alone, bounds, whole=False)[i] < 1e-6 else SMALLER
 
 
 def _confirm(
@@ -402,63 +311,6 @@ def _confirm(
     return deviation, growth
 
 
-def _parts(reduced: Tensor, chosen: list[bool], free: list[bool]) -> list[list[int]]:
-    """Takes the chosen set apart into those that solve the equations alone, as indices."""
-    S = [i for i, c in enumerate(chosen) if c]
-    if not S:
-        return []
-    others = [i for i, f in enumerate(free) if f] + list(range(len(chosen), reduced.shape[1]))
-    # First the unknown powers: the rows that are left without them are equations between parameters alone.
-    ordered = _exact(_echelon(reduced[:, others + S], first=len(others)), 1e-6)
-    between = ordered[(ordered[:, : len(others)] == 0).all(1), len(others) :]
-    label = list(range(len(S)))
-    for row in between:
-        linked = {label[j] for j in row.nonzero().flatten().tolist()}
-        label = [min(linked) if x in linked else x for x in label]
-    return [[i for i, x in zip(S, label, strict=True) if x == part] for part in sorted(set(label))]
-
-
-def _echelon(A: Tensor, noise: float = 1e-6, first: int = 0) -> Tensor:
-    """Reduced row echelon form, without rows of less than `noise`; each pivot is the largest entry that is left, in
-    the first `first` columns while they have any."""
-    A = A.clone()
-    for done in range(len(A)):
-        left = A[done:].abs()
-        if first and left[:, :first].max() > noise:
-            left = left[:, :first]
-        if left.max() <= noise:
-            return A[:done]
-        row, column = divmod(int(left.argmax()), left.shape[1])
-        A[[done, done + row]] = A[[done + row, done]]
-        A[done] /= A[done, column].item()
-        factors = A[:, column].clone()
-        factors[done] = 0
-        A -= factors[:, None] * A[done]
-    return A
-
-
-def _exact(A: Tensor, noise: float) -> Tensor:
-    """Coefficients without their rounding errors: powers of a scale are ratios of small integers."""
-    exact = A.clone().apply_(lambda x: float(Fraction(x).limit_denominator(24)))
-    error = (A - exact).abs().max().item() if len(A) else 0.0
-    if error > noise:
-        raise AuditError(
-            f"the equations are not clear: a coefficient is {error:.1e} from a ratio of small integers, where less than "
-            f"{noise:.1e} is rounding error"
-        )
-    return exact
-
-
 def _snap(power: float) -> float:
     """The nearest multiple of one half."""
     return round(2 * power) / 2 if math.isfinite(power) else power
-
-
-def _scipy():
-    try:
-        from scipy import optimize
-    except ImportError as error:
-        raise ImportError(
-            "texp.audit solves an integer programme with scipy 1.9 or newer: pip install scipy"
-        ) from error
-    return optimize

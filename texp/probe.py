@@ -37,15 +37,16 @@ class Change(NamedTuple):
     """What really scaling some parameters by c did."""
 
     output: float  # the largest relative change of an output tensor
-    powers: dict[str, float]  # log_c of the ratio of each running statistic, nan where it was not touched,
-    # inf where it is not a multiple of itself
+    powers: dict[str, float]  # of c, by which running statistics grew; nan: not updated, inf: by no power
 
 
 class Probe:
-    """
+    """The copy, in train mode, without dropout or stochastic depth, with eps ≈ 0 in its norms.
+
     Args:
         model: is copied, and not changed.
-        inputs, forward: as for `texp.audit`; `example` inputs must be valid together.
+        inputs: example arguments; random ones are drawn like them, each tensor by itself.
+        forward: as for `texp.audit`.
         seed: of parameters, inputs and directions.
         device, dtype: of the copy.
 
@@ -80,7 +81,7 @@ class Probe:
             if isinstance(module, _NormBase) and module.running_mean is not None:
                 self.norms[module] = name
             if isinstance(module, _NormBase):
-                module.register_forward_pre_hook(self._see)
+                module.register_forward_pre_hook(self._see, with_kwargs=True)
         self.seen: list[tuple[nn.Module, Tensor]] = []  # (norm, its input) of the last run
         for module, key, _ in self.eps:
             setattr(module, key, EPS)
@@ -89,10 +90,11 @@ class Probe:
                 p.copy_(self._generic(p))
 
     def rows(self) -> Iterator[Row]:
-        """Moves every parameter by a factor of its own, draws new inputs, except the first time, and yields a row of
-        the outputs and, if there are norms with running statistics, one of these.
+        """One row of the outputs and, if there are norms with running statistics, one of these; of the example inputs
+        the first time, then of random ones. Moves every parameter by a factor of its own each time: what is
+        invariant at one point need not be so at another.
 
-        Raises ValueError where that makes no sense.
+        Raises ValueError where outputs or gradients are not finite, or a BatchNorm has too little to see.
         """
         outputs = self.run()
         total = sum((self._random_like(y) * y).sum() / _rms(y) for y in outputs)
@@ -160,8 +162,8 @@ class Probe:
             raise ValueError("the output is not finite at a random point near the model's")
         return outputs
 
-    def _see(self, module: nn.Module, args: tuple) -> None:
-        x = args[0]
+    def _see(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = (*args, *kwargs.values())[0]
         values = x.numel() // x.shape[1]
         if isinstance(module, _BatchNorm) and values < 3:
             raise ValueError(
