@@ -1,6 +1,7 @@
 """The commands, run as their users would."""
 
 import csv
+import json
 import math
 import re
 import subprocess
@@ -24,6 +25,69 @@ def test_as_a_module():
     assert done.stderr == ""
 
 
+MODELS = """
+from torch import nn
+
+def conv():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+
+def lm():
+    return nn.Sequential(nn.Embedding(50, 6), nn.LayerNorm(6), nn.Linear(6, 50, bias=False))
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+
+number = int
+"""
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """In a module in the current folder."""
+    (tmp_path / "my_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("my_models", None)
+
+
+def test_audit(models, capsys):
+    assert run(["audit", "my_models:net", "--input", "8x3x6x6", "--json", "audit.json"]) == 0
+    out = capsys.readouterr().out
+    for word in ("scale-invariant together", "4.weight", "Linear", "singular gap", "audit.json"):
+        assert word in out
+    found = json.loads((models / "audit.json").read_text())
+    assert found["invariant"] == ["0.weight"]
+    assert found["fraction"] == pytest.approx(108 / (108 + 8 + 130))
+    assert found["norm_stats"] == [["1.running_mean", 1.0], ["1.running_var", 2.0]]
+
+
+def test_audit_of_a_model_of_integers(models, capsys):
+    assert run(["audit", "my_models:lm", "--input", "4x7", "--int", "50", "--no-decay-on-bias-and-norm"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 4 trainable parameters" in out
+    assert "held out by no_decay" in out
+
+
+AUDITS = {
+    "no module": (["none:net", "--input", "2x3"], 2, "no model could be made by none:net"),
+    "no factory": (["my_models:none", "--input", "2x3"], 2, "no model could be made by my_models:none"),
+    "no model": (["my_models:number", "--input", "2x3"], 2, "makes a int, which is not a torch.nn.Module"),
+    "no shape": (["my_models:net", "--input", "2,3"], 2, "--input must be a shape such as 2x3x32x32, got 2,3"),
+    "lazy": (["my_models:conv", "--input", "8x3x6x6"], 2, "4.weight has no shape yet"),
+    "too few rows": (["my_models:net", "--input", "8x3x6x6", "--max-rows", "4"], 1, "rank .* has not settled"),
+    "folder": (["my_models:net", "--input", "8x3x6x6", "--json", "."], 2, "cannot write .: Is a directory"),
+}
+
+
+@pytest.mark.parametrize("case", AUDITS)
+def test_audits_that_fail_say_why_in_one_line(models, capsys, case):
+    arguments, code, message = AUDITS[case]
+    assert run(["audit", *arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert re.search(message, captured.err)
+
+
 def test_the_demo(tmp_path, capsys):
     """Short, but all of it: the exponential run must be the SGD run, and TEXP must not be far from it."""
     plot, steps = tmp_path / "demo.png", tmp_path / "demo.csv"
@@ -34,13 +98,16 @@ def test_the_demo(tmp_path, capsys):
     runs: dict[str, list[dict]] = {}
     for row in csv.DictReader(steps.read_text().splitlines()):
         runs.setdefault(row["run"], []).append(row)
-    sgd, exponential, texp = runs.values()
+    sgd, exponential, texp, all_sgd, all_texp = runs.values()
     assert len(sgd) == 44
     for a, b, c in zip(sgd, exponential, texp, strict=True):
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-9)
         assert float(c["loss"]) == pytest.approx(float(a["loss"]), rel=0.1)
         # ‖θ̃‖²/η̃ = P²‖θ‖²/(P²η/α), and α is within 1 % of 1 here.
         assert float(b["norm2_over_lr"]) == pytest.approx(float(a["norm2_over_lr"]), rel=0.01)
+    for a, b in zip(all_sgd, all_texp, strict=True):
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-9)
+    assert float(all_sgd[-1]["loss"]) < 0.5 * float(sgd[-1]["loss"])
     assert float(exponential[-1]["log10_lr"]) > float(sgd[-1]["log10_lr"])
     assert float(sgd[-1]["loss"]) < 0.5 * float(sgd[0]["loss"])
 

@@ -270,6 +270,27 @@ class TestReadme:
                 assert abs(float(number) - recorded) <= half_a_digit * (1 + 1e-9), (label, cell, recorded)
         assert models == set(MODELS)
 
+    def test_what_it_says_of_eps_is_that_of_the_records(self, tmp_path, monkeypatch, capsys):
+        """And the script still makes them, to two digits; of the fastest model."""
+        path = ROOT / "benchmarks" / "results" / "default_eps.csv"
+        records = {record.pop("model"): record for record in csv.DictReader(path.read_text().splitlines())}
+        default = {name: record["largest_difference_default_eps"] for name, record in records.items()}
+        said = re.search(r"by (\S+) \(a GPT\),\s+(\S+) \(a ResNet\) and, at most, (\S+) \(a DenseNet\)", README)
+        names = ("GPT", "ResNet", "DenseNet")
+        assert [float(x) for x in said.groups()] == [float(f"{float(default[name]):.1e}") for name in names]
+        assert max(map(float, default.values())) == float(default["DenseNet"])
+        tiny = max(float(record["largest_difference_eps_1e-30"]) for record in records.values())
+        assert f"with an eps of 1e-30 by {tiny:.1e}" in README
+        assert f"for {len(records)} models in" in README
+        spec = importlib.util.spec_from_file_location("default_eps", ROOT / "benchmarks" / "default_eps.py")
+        script = importlib.util.module_from_spec(spec)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        spec.loader.exec_module(script)
+        monkeypatch.setattr(script, "CASES", {"VGG": script.CASES["VGG"]})
+        script.main(str(tmp_path / "eps.csv"))
+        (made,) = csv.DictReader((tmp_path / "eps.csv").read_text().splitlines())
+        assert float(made["largest_difference_default_eps"]) == pytest.approx(float(default["VGG"]), rel=0.05)
+
     def test_its_files_exist(self):
         """What it links to and what its map of the repository names."""
         links = re.findall(r"\]\(([^)#:]+)\)", README)

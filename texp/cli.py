@@ -1,7 +1,11 @@
-"""The commands: texp demo | schedule | bench | info."""
+"""The commands: texp demo | schedule | audit | bench | info."""
 
 import csv
+import dataclasses
+import importlib
+import json
 import math
+import operator
 import platform
 import sys
 import time
@@ -14,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from texp import __version__, backends, bench, demo, records, theory
+from texp import __version__, backends, bench, demo, invariance, records, theory
 
 app = typer.Typer(
     name="texp",
@@ -32,7 +36,7 @@ FIGURES = (".png", ".pdf", ".svg")
 MOST_STEPS = 10_000_000  # that a CSV or a figure of a schedule may have
 
 # Libraries of the extra "demo", by the names of their modules.
-EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "scipy": "scipy"}
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -50,7 +54,7 @@ def run(arguments: list[str] | None = None) -> int:
             f'this command needs {library}: install texp with the extra "demo", as in '
             'pip install --no-build-isolation ".[demo]"',
         )
-    except OSError as error:
+    except (OSError, invariance.AuditError) as error:
         return _fail(1, str(error))
     except (typer.Abort, KeyboardInterrupt):
         return _fail(130, "interrupted")
@@ -68,7 +72,8 @@ def demo_command(
     plot: Annotated[Path, typer.Option(help="Where to write the figure.")] = Path("texp-demo.png"),
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Where to write every step of every run.")] = None,
 ) -> None:
-    """Trains one network on scikit-learn's digits in three ways that the paper says are one."""
+    """Trains one network on scikit-learn's digits in three ways that the paper says are one, and with all of its
+    parameters in two."""
     _check_writable(plot, figure=True)
     _check_writable(csv_path)
     console = _console()
@@ -90,7 +95,7 @@ def demo_command(
         ("test accuracy", "right"),
         ("largest difference of the loss", "right"),
         ("log10 of the last LR", "right"),
-        ("weight norm, as stored", "right"),
+        ("norm of the convolutions, as stored", "right"),
     ):
         table.add_column(column, justify=justify, overflow="fold")
     for run in runs:
@@ -99,7 +104,7 @@ def demo_command(
             run.name,
             f"{sum(last_epoch) / len(last_epoch):.6f}",
             f"{run.test_accuracy:.2%}",
-            "–" if run is runs[0] else f"{demo.largest_difference(run, runs[0]):.1e}",
+            "–" if run.like is None else f"{demo.largest_difference(run, run.like):.1e}",
             f"{run.log10_lr[-1]:.2f}",
             f"{run.weight_norm:.4g}",
         )
@@ -178,6 +183,75 @@ def schedule(
     if plot is not None:
         _plot_schedule([t / steps_per_epoch for t in range(steps)], etas, closed, exact, plot)
         print(plot.resolve())
+
+
+@app.command("audit")
+def audit_command(
+    model: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="What makes the model, without arguments.")],
+    shapes: Annotated[
+        list[str], typer.Option("--input", help="Shape of an input, as in 2x3x32x32; may be repeated.")
+    ],
+    below: Annotated[
+        int | None, typer.Option("--int", min=1, help="Inputs are integers from 0 to below this.")
+    ] = None,
+    hold_bias_and_norm: Annotated[
+        bool, typer.Option("--no-decay-on-bias-and-norm", help="Biases and norms get no decay, and are not scaled.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is drawn.")] = 0,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Of the equations that are collected.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write what was found.")] = None,
+) -> None:
+    """Finds the parameters of a model that are scale-invariant together, and says why the others are not."""
+    _check_writable(json_path)
+    sizes = [_shape(text) for text in shapes]
+    made = _made_by(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inputs = [torch.randn(size) if below is None else torch.randint(below, size) for size in sizes]
+    hold = invariance.bias_or_norm if hold_bias_and_norm else None
+    console = _console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("equations", total=None)
+
+            def show(rows: int, rank: int, most: int) -> None:
+                progress.update(task, description=f"equations, rank {rank}", completed=rows, total=most)
+
+            found = invariance.audit(made, *inputs, hold=hold, seed=seed, max_rows=max_rows, progress=show)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    print(found)
+    if json_path is not None:
+        json_path.write_text(json.dumps(dataclasses.asdict(found) | {"fraction": found.fraction}, indent=2) + "\n")
+        print(json_path.resolve())
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise typer.BadParameter(f"--input must be a shape such as 2x3x32x32, got {text}")
+    return shape
+
+
+def _made_by(text: str) -> torch.nn.Module:
+    """The module that `module:factory` makes; modules are also looked for in the current folder."""
+    name, _, factory = text.partition(":")
+    sys.path.insert(0, "")
+    try:
+        made = operator.attrgetter(factory)(importlib.import_module(name))()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise typer.BadParameter(
+            f"no model could be made by {text}, which is to be module:factory: {error}"
+        ) from None
+    finally:
+        sys.path.remove("")
+    if not isinstance(made, torch.nn.Module):
+        raise typer.BadParameter(f"{text} makes a {type(made).__name__}, which is not a torch.nn.Module")
+    return made
 
 
 @app.command("bench")

@@ -1,8 +1,9 @@
 """The paper's main claim on real data: one network, three ways to train it, one curve.
 
 scikit-learn's digits, a small pre-activation ResNet whose whole loss is scale-invariant: the scale and bias of
-its batch norms and its last layer are fixed, as in the paper. Everything is in float64 with an eps that does
-not count, so that what differs between the runs is the optimizer and not rounding.
+its batch norms and its last layer are fixed, as in the paper. Then the same network with everything trainable, where
+texp.param_groups finds what is scale-invariant. Everything is in float64 with an eps that does not count, so that
+what differs between the runs is the optimizer and not rounding.
 """
 
 import csv
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
+from texp.invariance import param_groups
 from texp.optimizer import SGD
 from texp.schedules import TEXP
 
@@ -50,9 +52,9 @@ class PreActBlock(nn.Module):
     """norm, ReLU, conv, norm, ReLU, conv, added to the input, or where the shape changes to a 1×1 conv of the
     first ReLU: what is added then scales with the weights as the input does, to the first power."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, affine: bool) -> None:
         super().__init__()
-        self.norm1, self.norm2 = _norm(channels_in), _norm(channels)
+        self.norm1, self.norm2 = _norm(channels_in, affine), _norm(channels, affine)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         same = stride == 1 and channels_in == channels
@@ -65,17 +67,24 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Images (n, 1, 8, 8) to logits (n, 10). Its only trainable parameters are convolutions, and its output does
-    not change when all of them are multiplied by the same number."""
+    """Images (n, 1, 8, 8) to logits (n, 10). Its output does not change when all convolutions are multiplied by the
+    same number.
 
-    def __init__(self, width: int = 8) -> None:
+    Args:
+        all_trainable: norms have a trainable scale and bias, and running statistics, and the last layer is trainable
+            as well; otherwise the convolutions alone are.
+    """
+
+    def __init__(self, width: int = 8, *, all_trainable: bool = False) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, width, 3, 1, 1, bias=False)
         self.blocks = nn.Sequential(
-            PreActBlock(width, width, 1), PreActBlock(width, 2 * width, 2), PreActBlock(2 * width, 4 * width, 2)
+            PreActBlock(width, width, 1, all_trainable),
+            PreActBlock(width, 2 * width, 2, all_trainable),
+            PreActBlock(2 * width, 4 * width, 2, all_trainable),
         )
-        self.norm = _norm(4 * width)
-        self.head = nn.Linear(4 * width, 10, bias=False).requires_grad_(False)
+        self.norm = _norm(4 * width, all_trainable)
+        self.head = nn.Linear(4 * width, 10, bias=False).requires_grad_(all_trainable)
         nn.init.normal_(self.head.weight, std=0.15)  # wide enough that a fixed head can separate the classes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,9 +92,9 @@ class PreActResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def _norm(channels: int) -> nn.Module:
-    # Without running statistics: evaluation uses those of the batch, whatever the scale of the weights.
-    return nn.BatchNorm2d(channels, eps=1e-30, affine=False, track_running_stats=False)
+def _norm(channels: int, affine: bool) -> nn.Module:
+    # Without running statistics, evaluation uses those of the batch, whatever the scale of the weights.
+    return nn.BatchNorm2d(channels, eps=1e-30, affine=affine, track_running_stats=affine)
 
 
 @dataclass
@@ -93,22 +102,24 @@ class Run:
     """One way of training, and what came of it: one value a step in each list."""
 
     name: str
-    make: Callable[[list[nn.Parameter], list[int]], tuple[torch.optim.Optimizer, LRScheduler]]
+    make: Callable[[PreActResNet, list[int]], tuple[torch.optim.Optimizer, LRScheduler]]
+    like: "Run | None" = None  # the run that it repeats, or comes near to
+    all_trainable: bool = False
     loss: list[float] = field(default_factory=list)
     log10_lr: list[float] = field(default_factory=list)  # of the paper's η̃; of η for plain SGD
     norm2_over_lr: list[float] = field(default_factory=list)  # ‖w‖²/η̃, the inverse of the intrinsic LR
     test_accuracy: float = math.nan
-    weight_norm: float = math.nan  # of the weights as they are stored
+    weight_norm: float = math.nan  # of the convolutions, as they are stored
 
     def train(self, data: Digits, epochs: int, seed: int) -> Iterator[int]:
         """Trains from the initialisation and the batches of `seed`; yields the number of each step taken."""
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = PreActResNet().double()
-        weights = [p for p in model.parameters() if p.requires_grad]
+            model = PreActResNet(all_trainable=self.all_trainable).double()
+        weights = [p for p in model.parameters() if p.dim() == 4]
         steps = len(data.train_x) // BATCH_SIZE
-        optimizer, schedule = self.make(weights, [epochs // 2 * steps, epochs * 3 // 4 * steps])
+        optimizer, schedule = self.make(model, [epochs // 2 * steps, epochs * 3 // 4 * steps])
         for epoch in range(epochs):
             order = torch.randperm(len(data.train_x), generator=generator)
             for step in range(steps):
@@ -120,6 +131,7 @@ class Run:
                 optimizer.step()
                 schedule.step()
                 yield epoch * steps + step
+        model.eval()
         with torch.no_grad():
             self.test_accuracy = (model(data.test_x).argmax(1) == data.test_y).double().mean().item()
         self.weight_norm = _norm2(weights) ** 0.5
@@ -142,25 +154,39 @@ def _norm2(weights: list[nn.Parameter]) -> float:
 
 
 def make_runs() -> list[Run]:
-    """The three ways: step decay with weight decay, the same in exponential form, and TEXP without decay."""
+    """The three ways: step decay with weight decay, the same in exponential form, and TEXP without decay. Then the
+    first two with everything trainable."""
 
-    def sgd(weights, milestones):
-        optimizer = torch.optim.SGD(weights, LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
+    def sgd(model, milestones):
+        optimizer = torch.optim.SGD(_trainable(model), LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
         return optimizer, MultiStepLR(optimizer, milestones, GAMMA)
 
-    def exponential(weights, milestones):
-        optimizer = SGD(weights, LR, MOMENTUM, weight_decay=WEIGHT_DECAY, scale_invariant=True)
+    def exponential(model, milestones):
+        optimizer = SGD(_trainable(model), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, scale_invariant=True)
         return optimizer, MultiStepLR(optimizer, milestones, GAMMA)
 
-    def texp(weights, milestones):
-        optimizer = torch.optim.SGD(weights, LR, MOMENTUM)
+    def texp(model, milestones):
+        optimizer = torch.optim.SGD(_trainable(model), LR, MOMENTUM)
         return optimizer, TEXP(optimizer, milestones, GAMMA, weight_decay=WEIGHT_DECAY)
 
+    def groups(model, milestones):
+        found = param_groups(model, torch.randn(4, 1, 8, 8).double(), weight_decay=WEIGHT_DECAY)
+        optimizer = SGD(found, LR, MOMENTUM)
+        return optimizer, MultiStepLR(optimizer, milestones, GAMMA)
+
+    one = Run("torch.optim.SGD, step decay, weight decay", sgd)
+    all_ = Run("everything trainable: torch.optim.SGD, as above", sgd, all_trainable=True)
     return [
-        Run("torch.optim.SGD, step decay, weight decay", sgd),
-        Run("texp.SGD, the same arguments, exponential form", exponential),
-        Run("torch.optim.SGD, TEXP schedule, no decay", texp),
+        one,
+        Run("texp.SGD, the same arguments, exponential form", exponential, like=one),
+        Run("torch.optim.SGD, TEXP schedule, no decay", texp, like=one),
+        all_,
+        Run("everything trainable: texp.SGD, groups by texp.param_groups", groups, like=all_, all_trainable=True),
     ]
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def largest_difference(run: Run, other: Run) -> float:
@@ -186,7 +212,13 @@ def plot(runs: list[Run], epochs: int, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (loss, lr, norm) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    styles = [{"lw": 3.5, "color": "0.75"}, {"lw": 1.3, "color": "C0"}, {"lw": 1.3, "color": "C1", "ls": "--"}]
+    styles = [
+        {"lw": 3.5, "color": "0.75"},
+        {"lw": 1.3, "color": "C0"},
+        {"lw": 1.3, "color": "C1", "ls": "--"},
+        {"lw": 3.5, "color": "#b8dfb8"},
+        {"lw": 1.3, "color": "C2"},
+    ]
     for run, style in zip(runs, styles, strict=True):
         per_epoch = len(run.loss) // epochs
         epoch = [step / per_epoch for step in range(len(run.loss))]

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""What the eps of norms costs: python benchmarks/default_eps.py [CSV]
+
+The theorem is about norms without eps. Here models of tests/models.py keep the eps that norms have by default and
+train for 100 steps in float64, with torch.optim.SGD and with texp.SGD on the groups of texp.param_groups. In the same
+run eps is 1e-30, where nothing but rounding is left.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import texp
+from tests.models import CASES, Case
+
+STEPS = 100
+OPTIONS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+
+
+def deviation(case: Case, **eps) -> tuple[float, int]:
+    """The largest relative difference of the loss at any step, and how often P was halved."""
+    models = [case.model(**eps) for _ in range(2)]
+    groups = texp.param_groups(models[1], case.batch(0)[0], **OPTIONS)
+    optimizers = [torch.optim.SGD(models[0].parameters(), **OPTIONS), texp.SGD(groups)]
+    largest = 0.0
+    for t in range(STEPS):
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = case.loss(model, t)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        largest = max(largest, abs(losses[1] / losses[0] - 1))
+    return largest, groups[0]["scale_exponent"]
+
+
+def main(path: str = "benchmarks/results/default_eps.csv") -> None:
+    with Path(path).open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "largest_difference_default_eps", "largest_difference_eps_1e-30", "halvings"])
+        for name, case in CASES.items():
+            if not case.invariant(case.model(), False):
+                continue
+            (default, halvings), (tiny, _) = deviation(case, eps=None), deviation(case)
+            writer.writerow([name, f"{default:.2e}", f"{tiny:.2e}", halvings])
+            print(f"{name:32} {default:9.2e} {tiny:9.2e} {halvings:3}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
