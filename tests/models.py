@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, relu, scaled_dot_product_attention, softplus
 
-CLASSES, VOCABULARY = 5, 11
+CLASSES, VOCABULARY = 3, 11
 
 
 def conv(
@@ -261,12 +261,13 @@ class Case:
         return model
 
     def batch(self, t: int, size: int = 6) -> tuple[Tensor, Tensor]:
+        """Random images and their brightest colour, or tokens and their sums with the one before."""
         generator = torch.Generator().manual_seed(t)
         if self.tokens:
             x = torch.randint(0, VOCABULARY, (size, 6), generator=generator)
             return x, (x + x.roll(1, 1)) % VOCABULARY
         x = torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float64)
-        return x, x.mean((1, 2)).mul(20).sum(1).long() % CLASSES
+        return x, x.mean((2, 3)).argmax(1)
 
     def loss(self, model: nn.Module, t: int) -> Tensor:
         device = next(model.parameters()).device

@@ -178,13 +178,14 @@ class Probe:
         if not isinstance(total, Tensor) or not total.requires_grad:
             return tuple(products)
         grads = torch.autograd.grad(total, params, retain_graph=retain, allow_unused=True)
-        reached = [i for i, g in enumerate(grads) if g is not None]
-        pairs = []
-        for i in reached:
-            p, g = params[i].detach(), grads[i].to_dense() if grads[i].is_sparse else grads[i]
-            pairs.append(torch.stack([(p * g).sum(), p.norm() * g.norm()]))
-        if pairs:
-            products[:, reached] = torch.stack(pairs).T.cpu().double()
+        found = [
+            (i, params[i].detach().flatten(), (g.to_dense() if g.is_sparse else g).flatten())
+            for i, g in enumerate(grads)
+            if g is not None
+        ]
+        if found:
+            pairs = [torch.stack([p.dot(g), p.norm() * g.norm()]) for _, p, g in found]
+            products[:, [i for i, *_ in found]] = torch.stack(pairs).T.cpu().double()
         if not products.isfinite().all():
             raise ValueError("the gradients are not finite at a random point near the model's")
         return tuple(products)
@@ -247,6 +248,8 @@ def no_trace(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
+            # A compiled model would be compiled again for the copy, which takes longer than all else.
+            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext(),
         ):
             torch.set_default_dtype(dtype)
             yield
