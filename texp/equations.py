@@ -80,8 +80,8 @@ class Equations:
             raise AuditError(
                 f"the rank of the equations is not clear: singular value {rank} of {len(s)} is {kept:.2e} and the "
                 f"next {dropped:.2e}, where less than {self.tol:.1e} is rounding error and more than "
-                f"{self.clear:.1e} is not. Does the forward pass compute in a lower precision, or does a norm add an "
-                "eps that is no attribute?"
+                f"{self.clear:.1e} is not. Does the forward pass, or this audit, use a lower precision than "
+                "float64, or does a norm add an eps that is no attribute?"
             )
         # Reduced in the units in which rounding errors are small, then brought to those of d and D.
         reduced = _echelon(V[:rank], self.clear) * units

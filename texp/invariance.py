@@ -46,7 +46,7 @@ class Audit:
     reasons: dict[str, str]  # why not, for each of `rest`
     sizes: dict[str, int]  # numbers in each parameter
     modules: dict[str, str]  # the class of the module that holds it
-    norm_stats: list[tuple[str, float]]  # buffers that must grow with S, and the power of P; parameters that FOLLOW
+    norm_stats: list[tuple[str, float]]  # what must grow with S, and the power of P: buffers, parameters that FOLLOW
     rows: int  # equations collected
     rank: int  # of these rows
     gap: float  # the smallest singular value that counted over the largest that did not
@@ -108,10 +108,12 @@ def audit(
             enough; a BatchNorm must see at least 3 values per channel.
         forward: (model, *inputs) → all that the loss depends on, a tensor or a tuple, list, dict or dataclass of
             tensors. Default: model(*inputs).
-        hold: (name, parameter) → whether it must not be scaled. Default: none of the trainable ones.
+        hold: (name, parameter) → whether it must not be scaled, as it has no weight decay. Default: none of the
+            trainable ones.
         seed: of all that is drawn; the result is a function of it.
         max_rows: how many rows may be collected. Default: as many as can be needed.
-        device, dtype: of the copy; defaults: the model's device, float64. In float32 less is told from rounding.
+        device, dtype: of the copy; defaults: the model's device, float64. float32 is faster, but deep models need
+            float64 to tell small effects from rounding; an AuditError says so.
         progress: called with (rows, rank, max_rows) now and then.
 
     Costs one forward and two backward passes for each pair of rows; there are about as many rows as parameters
