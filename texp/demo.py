@@ -232,6 +232,6 @@ def plot(runs: list[Run], epochs: int, path: Path) -> None:
     for axes in (loss, lr, norm):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
