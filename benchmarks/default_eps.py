@@ -3,7 +3,7 @@
 
 The theorem is about norms without eps. Here models of tests/models.py keep the eps that norms have by default and
 train for 100 steps in float64, with torch.optim.SGD and with texp.SGD on the groups of texp.param_groups, whose
-weights are up to twice as large. In the same run eps is 1e-30, where nothing but rounding is left. Before the training,
+weights are up to twice as large. In the same run eps is 1e-30, where nothing but rounding is left. Before training,
 how far outputs move when the weights are doubled: training amplifies that, as it does any perturbation.
 """
 
