@@ -21,9 +21,11 @@ import torch
 from torch import nn
 
 from texp.equations import FREE, AuditError, Bounds, Equations, largest, parts, scipy_optimize
-from texp.probe import Probe, no_trace
+from texp.probe import Probe, no_trace, untouched
 
 PATIENCE = 8  # the rank has settled when it did not grow for so many inputs
+FACTORS = (2.0, 0.5, 2.0**4, 2.0**10, 2.0**20)  # large ones, so that what clips far away clips
+TRIES = 4  # to confirm a set, with more rows each time
 
 PINNED = "moves the output, whatever is scaled with it"
 OPPOSED = "only while another shrinks"
@@ -50,8 +52,8 @@ class Audit:
     rows: int  # equations collected
     rank: int  # of these rows
     gap: float  # the smallest singular value that counted over the largest that did not
-    deviation: float  # relative change of the output when S is scaled by 2 or 1/2; 0 in exact arithmetic
-    eps_deviation: float  # the same at the model's own weights, with its own eps: what eps spoils between P = 1 and 2
+    deviation: float  # largest relative change of the output when S is scaled by FACTORS; 0 in exact arithmetic
+    eps_deviation: float  # by 2, at the model's own weights, with its own eps: what eps spoils between P = 1 and 2
 
     @property
     def fraction(self) -> float:
@@ -81,8 +83,8 @@ class Audit:
             lines.append(f"scaled, but seen by running statistics alone: {', '.join(unseen)}")
         lines += [
             f"rank {self.rank} of {self.rows} rows, singular gap {self.gap:.1e}",
-            f"scaled by 2 and by 1/2, the output moves by {self.deviation:.1e} (relative); with the model's own "
-            f"weights and eps, by {self.eps_deviation:.1e}",
+            f"scaled by up to {FACTORS[-1]:.0e}, the output moves by {self.deviation:.1e} (relative); by 2, with the "
+            f"model's own weights and eps, by {self.eps_deviation:.1e}",
         ]
         return "\n".join(lines)
 
@@ -122,13 +124,17 @@ def audit(
 
     Raises AuditError, with the numbers, where no clear answer can be given: the rank has not settled, the singular
     values leave no gap, or S fails when it is really scaled. Raises ValueError for a model without trainable
-    parameters, with complex or uninitialised ones, and for outputs that are not finite, or do not depend on them.
+    parameters, with complex or uninitialised ones or such as share memory; for outputs that are not finite, hold
+    something unknown or do not depend on parameters; for a forward that uses the model itself instead of the copy;
+    and for buffers that grow with the weights but are no running statistics known here.
     """
     scipy_optimize()  # an ImportError before the work rather than after it
     if device is None:
         device = next((p.device for p in model.parameters()), "cpu")
     device = torch.device(device)
-    with no_trace(device, dtype):
+    if dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}")
+    with no_trace(device, dtype), untouched(model):
         probe = Probe(model, example_inputs, forward, seed, device, dtype)
         return _audit(model, probe, hold or (lambda name, p: False), max_rows, progress)
 
@@ -203,10 +209,32 @@ def _why_empty(found: Audit) -> str:
 
 
 def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
-    names, norms = list(probe.params), list(probe.norms.values())
-    if not names:
+    if not probe.params:
         raise ValueError("the model has no trainable parameters")
-    equations = _collect(probe, len(names), len(norms), max_rows, progress)
+    equations = Equations(len(probe.params), len(probe.norms), probe.dtype)
+    for tries_left in reversed(range(TRIES)):
+        _collect(equations, probe, max_rows, progress)
+        try:
+            return _solved(model, probe, equations, hold)
+        except UnconfirmedError as error:
+            if tries_left == 0:
+                raise
+            # Activations that clip, as ReLU6 does, look invariant where they do not: here is more to be learned.
+            probe.rescale(error.powers, error.c)
+    raise AssertionError("TRIES is at least 1")
+
+
+class UnconfirmedError(AuditError):
+    """A set solves the equations, but the output moves when it is scaled by c."""
+
+    def __init__(self, message: str, powers: dict[str, float], c: float) -> None:
+        super().__init__(message)
+        self.powers, self.c = powers, c
+
+
+def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit:
+    """The answer that the equations give, confirmed."""
+    names, norms = list(probe.params), list(probe.norms.values())
     effect, seen = equations.effects()
     if not effect.any():
         raise ValueError("the output depends on none of the trainable parameters")
@@ -254,11 +282,11 @@ def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
     )
 
 
-def _collect(probe: Probe, n: int, K: int, max_rows: int | None, progress) -> Equations:
-    """Rows until their rank has settled; raises AuditError where it has not after max_rows."""
-    limit = 2 * (n + K + 2 * PATIENCE) if max_rows is None else max_rows
-    equations = Equations(n, K, next(iter(probe.params.values())).dtype)
-    done, rank = 0, 0
+def _collect(equations: Equations, probe: Probe, max_rows: int | None, progress) -> None:
+    """Adds rows until their rank has settled; raises AuditError where it has not after max_rows."""
+    limit = equations.count + 2 * (equations.n + equations.K + 2 * PATIENCE) if max_rows is None else max_rows
+    start = done = len(set(equations.inputs))
+    rank = 0
     while equations.count < limit:
         for row in probe.rows():
             equations.rows.append(row)
@@ -268,8 +296,8 @@ def _collect(probe: Probe, n: int, K: int, max_rows: int | None, progress) -> Eq
             rank = equations.rank()
             if progress is not None:
                 progress(equations.count, rank, limit)
-            if done > PATIENCE and rank == equations.rank(done - PATIENCE):
-                return equations
+            if done - start > PATIENCE and rank == equations.rank(done - PATIENCE):
+                return
     raise AuditError(f"the rank of the equations has not settled: it is {rank} after max_rows = {limit} rows")
 
 
@@ -286,29 +314,35 @@ def _why_not(i: int, reduced: torch.Tensor, bounds: list[Bounds]) -> str:
 def _confirm(
     probe: Probe, powers: dict[str, float], degrees: dict[str, float], tol: float
 ) -> tuple[float, dict[str, float]]:
-    """Scales the set by 2 and by 1/2. Returns the relative change of the output, and the power of P of every
-    running statistic that changes; raises AuditError where these are not what they must be."""
+    """Scales the set by FACTORS, each time at another point. Returns the largest relative change of the output, and
+    the power of P of every running statistic that changes; raises AuditError where these are not what they must be.
+    """
     if not powers:
         return 0.0, {}
-    changes = [probe.scaled(powers, c) for c in (2.0, 0.5)]
+    changes = []
+    for c in FACTORS if probe.dtype == torch.float64 else FACTORS[:-1]:  # variances would leave float32
+        probe.move()
+        changes.append(probe.scaled(powers, c))
+        if not changes[-1].output <= tol:
+            raise UnconfirmedError(
+                f"a set of {len(powers)} parameters solves the equations, but when it is scaled by {c:g} the output "
+                f"moves by {changes[-1].output:.2e} (relative), more than {tol:.1e}",
+                powers,
+                c,
+            )
     deviation = max(change.output for change in changes)
-    if not deviation <= tol:
-        raise AuditError(
-            f"a set of {len(powers)} parameters solves the equations, but when it is scaled by 2 or 1/2 the output "
-            f"moves by {deviation:.2e} (relative), more than {tol:.1e}"
-        )
     growth = {}
     for name, power in changes[0].powers.items():
         norm, _, kind = name.rpartition(".")
         order = 2 if kind == "running_var" else 1
         expected = order * degrees[norm] if norm in degrees else power
-        measured = [p for p in (power, changes[1].powers[name]) if not math.isnan(p)]
+        measured = [change.powers[name] for change in changes if not math.isnan(change.powers[name])]
         if not all(abs(p - _snap(expected)) <= 1e3 * tol for p in measured):
             raise AuditError(
                 f"{name} does not grow as a power of the scale: {expected:.6f} was expected, "
                 f"{', '.join(f'{p:.6f}' for p in measured)} measured"
             )
-        if not math.isnan(expected) and _snap(expected) != 0:
+        if measured and _snap(expected) != 0:
             growth[name] = _snap(expected)
     return deviation, growth
 

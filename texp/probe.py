@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from texp.reference import Entry
+from texp.tables import that_share_memory
+
 EPS = 1e-30  # of every norm of the copy: not 0, which BatchNorm refuses
 EPS_NAMES = ("eps", "epsilon", "variance_epsilon")
 RANDOM_DEPTH = ("DropPath", "StochasticDepth")  # as timm and torchvision call theirs
@@ -41,7 +44,8 @@ class Change(NamedTuple):
 
 
 class Probe:
-    """The copy, in train mode, without dropout or stochastic depth, with eps ≈ 0 in its norms.
+    """The copy, in train mode, without dropout or stochastic depth, with eps ≈ 0 in its norms. Norms that are in eval
+    mode while the model is in train mode, or that its `train` leaves there, stay so.
 
     Args:
         model: is copied, and not changed.
@@ -50,7 +54,7 @@ class Probe:
         seed: of parameters, inputs and directions.
         device, dtype: of the copy.
 
-    Raises ValueError for complex or uninitialised parameters.
+    Raises ValueError for parameters that are complex, uninitialised, or share memory without being the same.
     """
 
     def __init__(self, model: nn.Module, inputs: tuple, forward: Callable | None, seed: int, device, dtype) -> None:
@@ -59,16 +63,26 @@ class Probe:
                 raise ValueError(f"parameter {name} has no shape yet: run the model once before")
             if p.is_complex():
                 raise ValueError(f"parameter {name} is complex, which texp.audit cannot take")
+        shared = that_share_memory(Entry(p) for p in model.parameters())
+        if names := [name for name, p in model.named_parameters() if id(p) in shared]:
+            raise ValueError(f"parameters {', '.join(names)} share memory: make them one parameter")
         # deepcopy refuses tensors that were computed, which torch's older weight_norm leaves in modules.
         computed = (t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf)
         self.model = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
-        self.model.to(device, dtype).train()
+        of_complex = torch.promote_types(dtype, torch.complex64)
+        self.model._apply(
+            lambda t: t.to(device, dtype if t.is_floating_point() else of_complex if t.is_complex() else None)
+        )
+        self.model.train()
+        for module, its in zip(self.model.modules(), model.modules(), strict=True):
+            if isinstance(module, _NormBase) and model.training and not its.training:
+                module.eval()
         self.model.zero_grad(set_to_none=True)
         self.forward = forward or (lambda model, *inputs: model(*inputs))
         self.generator = torch.Generator().manual_seed(seed)
-        self.seed = seed
+        self.seed, self.device, self.dtype = seed, device, dtype
         self.example = _map(inputs, lambda x: x.detach().to(device, dtype if x.is_floating_point() else None))
-        self.inputs = self.example
+        self.inputs = _map(self.example, self._like)  # the example itself may be special: of ones, say
         self.params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.eps: list[tuple[nn.Module, str, float | None]] = []
         self.norms: dict[nn.Module, str] = {}  # those with running statistics
@@ -78,21 +92,23 @@ class Probe:
             for key in EPS_NAMES:
                 if isinstance(eps := getattr(module, key, 0), float | None):
                     self.eps.append((module, key, eps))
-            if isinstance(module, _NormBase) and module.running_mean is not None:
-                self.norms[module] = name
-            if isinstance(module, _NormBase):
+            if isinstance(module, _NormBase) and module.training:
                 module.register_forward_pre_hook(self._see, with_kwargs=True)
+                if module.running_mean is not None:
+                    self.norms[module] = name
+            elif isinstance(module, _NormBase) and module.running_mean is not None:
+                module.running_mean.copy_(self._random_like(module.running_mean))
+                module.running_var.mul_(self._random_like(module.running_var).mul_(0.3).exp())
         self.seen: list[tuple[nn.Module, Tensor]] = []  # (norm, its input) of the last run
         for module, key, _ in self.eps:
             setattr(module, key, EPS)
         with torch.no_grad():
             for p in self.model.parameters():
                 p.copy_(self._generic(p))
+        self.base = {name: p.detach().clone() for name, p in self.params.items()}
 
     def rows(self) -> Iterator[Row]:
-        """One row of the outputs and, if there are norms with running statistics, one of these; of the example inputs
-        the first time, then of random ones. Moves every parameter by a factor of its own each time: what is
-        invariant at one point need not be so at another.
+        """One row of the outputs and, if there are norms with running statistics, one of these. Then moves on.
 
         Raises ValueError where outputs or gradients are not finite, or a BatchNorm has too little to see.
         """
@@ -110,14 +126,30 @@ class Probe:
                         total = total + part
                         degrees[index[module]] += power * part.item()
             yield Row(*self._products(total, retain=False), degrees, of_output=False)
+        self.move()
+
+    def move(self) -> None:
+        """To other inputs, other random choices of the model, and parameters each times a factor of its own: what is
+        invariant at one point need not be so at another."""
         with torch.no_grad():
-            for p in self.params.values():
-                p.mul_(torch.empty(()).uniform_(-0.3, 0.3, generator=self.generator).exp().item())
+            for name, p in self.params.items():
+                factor = torch.empty((), dtype=p.dtype).uniform_(-0.3, 0.3, generator=self.generator).exp().item()
+                p.copy_(self.base[name] * factor)
         self.inputs = _map(self.example, self._like)
+        self.seed += 1
+
+    def rescale(self, powers: dict[str, float], c: float) -> None:
+        """Moves on from where these parameters are multiplied by c^power."""
+        for name, power in powers.items():
+            self.base[name].mul_(c**power)
+        self.move()
 
     def scaled(self, powers: dict[str, float], c: float) -> Change:
         """What changes when each of these parameters is multiplied by c^power. They are put back, exactly where c is
-        a power of 2."""
+        a power of 2.
+
+        Raises ValueError where a buffer that is not known as a running statistic depends on the scale.
+        """
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         runs = []
         with torch.no_grad():
@@ -129,14 +161,21 @@ class Probe:
                     # a constant.
                     b.copy_(torch.zeros_like(b) if self._is_stat(name) else buffers[name])
                 outputs = self.run()
-                runs.append((outputs, {n: b.clone() for n, b in self.model.named_buffers() if self._is_stat(n)}))
+                runs.append((outputs, {n: b.clone() for n, b in self.model.named_buffers()}))
             for name, power in powers.items():
                 self.params[name].mul_(c**-power)
             for name, b in self.model.named_buffers():
                 b.copy_(buffers[name])
-        (before, stats), (after, scaled_stats) = runs
+        (before, left), (after, scaled_left) = runs
+        for name, b in left.items():
+            moved = b.is_floating_point() and not self._is_stat(name) and not torch.equal(b, buffers[name])
+            if moved and (scaled_left[name] - b).norm() > torch.finfo(b.dtype).eps ** 0.6 * b.norm():
+                raise ValueError(
+                    f"buffer {name} is changed by forward and grows with the weights, but how is not known: running "
+                    "statistics are those called running_mean and running_var"
+                )
         change = max(((b - a).norm() / a.norm().clamp_min(1e-300)).item() for a, b in zip(before, after, strict=True))
-        return Change(change, {name: _log_ratio(scaled_stats[name], stats[name], c) for name in stats})
+        return Change(change, {n: _log_ratio(scaled_left[n], left[n], c) for n in left if self._is_stat(n)})
 
     def as_it_was(self, model: nn.Module) -> None:
         """Gives the copy the parameters, buffers, norms' eps and inputs that the model has."""
@@ -149,13 +188,18 @@ class Probe:
         self.inputs = self.example
 
     def run(self) -> list[Tensor]:
-        """One forward pass; the floating-point tensors of its output. The same random choices each time."""
+        """One forward pass; the floating-point tensors of its output. The same random choices until `move`."""
         self.seen.clear()
         random.seed(self.seed)
-        torch.manual_seed(self.seed)
+        torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed every GPU as well
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(self.seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(self.seed % 2**32)
-        outputs = [y for y in tensors(self.forward(self.model, *self.inputs)) if y.is_floating_point()]
+        outputs = [
+            torch.view_as_real(y) if y.is_complex() else y for y in tensors(self.forward(self.model, *self.inputs))
+        ]
+        outputs = [y for y in outputs if y.is_floating_point()]
         if not outputs:
             raise ValueError("the output holds no tensor of floating-point numbers; see `forward`")
         if not all(y.isfinite().all() for y in outputs):
@@ -206,6 +250,8 @@ class Probe:
     def _like(self, x: Tensor) -> Tensor:
         """A random input like the example x."""
         if x.is_floating_point():
+            if not x.isfinite().all():  # a mask of −inf, say
+                return x
             std = x.std(correction=0)
             return self._random_like(x) * (std if std > 0 else 1.0) + x.mean()
         if x.dtype == torch.bool or x.is_complex() or x.numel() == 0:
@@ -233,6 +279,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from tensors(getattr(value, field.name))
+    elif not isinstance(value, (str, bytes, int, float, complex, type(None))):
+        raise ValueError(f"the output holds a {type(value).__name__}; see `forward`")
 
 
 @contextlib.contextmanager
@@ -258,6 +306,22 @@ def no_trace(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         random.setstate(states[0])
         if numpy:
             numpy.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Raises ValueError if the model was changed, and gives its buffers back what they held."""
+    tensors = [*model.parameters(), *model.buffers()]
+    versions = [t._version for t in tensors]
+    buffers = [b.clone() for b in model.buffers()]
+    try:
+        yield
+    finally:
+        if [t._version for t in tensors] != versions:
+            with torch.no_grad():
+                for b, before in zip(model.buffers(), buffers, strict=True):
+                    b.copy_(before)
+            raise ValueError("forward uses the model itself; it must use the copy that it is given as `model`")
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
