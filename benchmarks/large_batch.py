@@ -1,0 +1,301 @@
+"""Large-batch training, a recipe to start from: `python -m benchmarks.large_batch --help`.
+
+    python -m benchmarks.large_batch --batch-size 64,128,256,512 --csv large_batch.csv
+    python -m benchmarks.large_batch --optimizer torch
+    torchrun --standalone --nproc-per-node 4 -m benchmarks.large_batch --batch-size 512 --amp bf16 --channels-last
+
+The LR grows linearly with the batch size (Goyal et al., 2017, arXiv 1706.02677), after a linear warm-up. It is that
+of plain SGD, whichever optimizer trains: texp.SGD in exponential form visits the same functions. Biases and norms
+have no weight decay. What trains is in benchmarks/large_batch_training.py; this file is the command: options, the
+sweep over batch sizes, checkpoints, and what is reported.
+"""
+
+import csv
+import math
+import pickle
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks.large_batch_training import AMP, GROUPS, Training, device_of, rank, world
+from texp import cli
+from texp.demo import load_digits
+
+CHOICES = {
+    "optimizer": ("texp", "torch"),
+    "model": ("bn", "gn"),
+    "schedule": ("cosine", "step"),
+    "device": ("cpu", "cuda"),
+    "amp": tuple(AMP),
+}
+
+app = typer.Typer(name="large_batch", add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@dataclass(frozen=True)
+class Options:
+    """Trains scikit-learn's digits with large batches, once for each batch size.
+
+    Under torchrun each process takes its share of every batch; the batches are those of one process.
+    """
+
+    optimizer: Annotated[str, typer.Option(help="texp or torch: texp.SGD, or torch.optim.SGD(fused=True).")] = "texp"
+    batch_size: Annotated[str, typer.Option(help="Of all processes; several are a sweep, as in 64,128.")] = "64"
+    epochs: Annotated[int, typer.Option(min=1, help="Of each batch size.")] = 20
+    base_lr: Annotated[float, typer.Option(help="LR for --base-batch; linear in the batch size.")] = 0.05
+    base_batch: Annotated[int, typer.Option(min=1, help="Batch size whose LR is --base-lr.")] = 64
+    warmup: Annotated[float, typer.Option(help="Epochs in which the LR rises linearly from 0.")] = 5.0
+    schedule: Annotated[str, typer.Option(help="After it: cosine to 0, or step: a tenth at 1/2, again at 3/4.")] = (
+        "cosine"
+    )
+    momentum: Annotated[float, typer.Option(help="γ, of Nesterov momentum.")] = 0.9
+    weight_decay: Annotated[float, typer.Option(help="λ, of all but biases and norms.")] = 5e-4
+    label_smoothing: Annotated[float, typer.Option(help="Share of the label spread over all classes.")] = 0.1
+    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches of a batch, one backward pass each.")] = 1
+    model: Annotated[
+        str, typer.Option(help="bn or gn: BatchNorm of each micro-batch of a process, or GroupNorm.")
+    ] = "bn"
+    width: Annotated[int, typer.Option(min=1, help=f"Channels of the first stage, a multiple of {GROUPS}.")] = 8
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu"
+    amp: Annotated[str, typer.Option(help="off, bf16 or fp16: autocast; fp16 with a GradScaler.")] = "off"
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of images and weights.")] = (
+        False
+    )
+    float64: Annotated[bool, typer.Option("--float64", help="To compare runs; an eps ≈ 0 in the norms as well.")] = (
+        False
+    )
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initialisation and the batches.")] = 0
+    csv: Annotated[Path | None, typer.Option(help="Where to write every epoch.")] = None
+    checkpoint: Annotated[Path | None, typer.Option(help="Written after every epoch; resumed from if it exists.")] = (
+        None
+    )
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder to log to.")] = None
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                _refuse(f"--{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
+        for name, most in (
+            ("base_lr", math.inf),
+            ("weight_decay", math.inf),
+            ("momentum", 1),
+            ("label_smoothing", 1),
+        ):
+            value = getattr(self, name)
+            positive = name in ("base_lr", "momentum")  # Nesterov needs some
+            if not (0 < value < most or (value == 0 and not positive)):
+                above = "greater than 0" if positive else "at least 0"
+                _refuse(f"--{name.replace('_', '-')} must be {above} and below {most}, got {value}")
+        if not 0 <= self.warmup < self.epochs:
+            _refuse(f"--warmup must be at least 0 and below --epochs {self.epochs}, got {self.warmup}")
+        if self.width % GROUPS:
+            _refuse(f"--width must be a multiple of {GROUPS}, got {self.width}")
+        if self.float64 and self.amp != "off":
+            _refuse(f"--float64 computes nothing in lower precision: it does not go with --amp {self.amp}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            _refuse("--device cuda was asked for, but torch sees no CUDA device")
+        _ = self.batch_sizes
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Of the sweep, each once."""
+        shares = world() * self.accumulate
+        try:
+            sizes = list(dict.fromkeys(int(size) for size in self.batch_size.split(",")))
+        except ValueError:
+            _refuse(f"--batch-size must be numbers separated by commas, got {self.batch_size}")
+        for size in sizes:
+            if size < 1 or size % shares:
+                what = f"{world()} processes × --accumulate {self.accumulate}"
+                _refuse(f"--batch-size must be a multiple of {what}, got {size}")
+        return sizes
+
+    def of_the_run(self) -> dict[str, Any]:
+        """All that the curve depends on, as a checkpoint has it."""
+        made = {k: v for k, v in asdict(self).items() if k not in ("csv", "checkpoint", "tensorboard")}
+        return {**made, "processes": world()}
+
+
+def _refuse(message: str) -> None:
+    raise typer.BadParameter(message)
+
+
+@contextmanager
+def _processes(options: Options) -> Iterator[None]:
+    """Those of torchrun, joined."""
+    if options.device == "cuda":
+        torch.cuda.set_device(device_of(options))
+    if world() == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def load_checkpoint(path: Path | None, options: Options) -> dict[str, Any]:
+    """Rows of the CSV so far, and the state of the batch size that is being trained; empty if there is no file.
+
+    Raises BadParameter for a file that is something else, or of a run with other options.
+    """
+    if path is None or not path.exists():
+        return {"rows": [], "state": None}
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        was = dict(saved["options"])
+    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        _refuse(f"--checkpoint {path} is damaged, or not one of this command")
+    for name, value in options.of_the_run().items():
+        if was.get(name) != value:
+            _refuse(f"--checkpoint {path} is of another run: {name} was {was.get(name)}, and is {value} now")
+    return saved
+
+
+def save_checkpoint(path: Path, options: Options, rows: list[dict], state: dict[str, Any]) -> None:
+    """An interruption leaves either the old file or the new one."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    torch.save({"options": options.of_the_run(), "rows": rows, "state": state}, unfinished)
+    unfinished.replace(path)
+
+
+def sweep(options: Options) -> list[dict[str, Any]]:
+    """Trains with each batch size in turn, from the checkpoint on. Returns the rows of the CSV, one an epoch."""
+    chief = rank() == 0  # who reports and saves
+    if chief:
+        cli._check_writable(options.csv)
+        cli._check_writable(options.checkpoint)
+    saved, data = load_checkpoint(options.checkpoint, options), load_digits()
+    if max(options.batch_sizes) > len(data.train_x):
+        _refuse(f"--batch-size must be at most {len(data.train_x)}, got {max(options.batch_sizes)}")
+    if options.tensorboard is not None:
+        from torch.utils.tensorboard import SummaryWriter
+    rows, console = saved["rows"], cli._console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with _processes(options), Progress(*columns, console=console, disable=not chief) as progress:
+        for size in options.batch_sizes:
+            done = sum(row["batch_size"] == size for row in rows)
+            steps = len(data.train_x) // size
+            task = progress.add_task(f"batch {size}", total=options.epochs * steps, completed=done * steps)
+            if done == options.epochs:
+                continue
+            training = Training(options, size, data)
+            if done:
+                training.load_state_dict(saved["state"])
+            log = None
+            if options.tensorboard is not None and chief:
+                log = SummaryWriter(str(options.tensorboard / f"{options.optimizer}-{size}"), purge_step=done)
+            for epoch in range(done, options.epochs):
+                made = training.epoch(lambda task=task: progress.advance(task))
+                if epoch == options.epochs - 1:
+                    training.fold()
+                rows.append(
+                    {"optimizer": options.optimizer, "batch_size": size, "epoch": epoch} | made | _where(options)
+                )
+                if not chief:
+                    continue
+                progress.console.print(
+                    f"batch {size}, epoch {epoch + 1}: train loss {made['train_loss']:.4f}, "
+                    f"test accuracy {made['test_accuracy']:.2%}, {made['samples_per_s']:,.0f} samples/s",
+                    highlight=False,
+                )
+                if log is not None:
+                    for name, value in made.items():
+                        log.add_scalar(name, value, epoch)
+                if options.checkpoint is not None:
+                    save_checkpoint(options.checkpoint, options, rows, training.state_dict())
+            if log is not None:
+                log.close()
+    if chief:
+        report(options, rows)
+    return rows
+
+
+def _where(options: Options) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    return {
+        "device": name,
+        "processes": world(),
+        "threads": torch.get_num_threads(),
+        "amp": options.amp,
+        "torch": torch.__version__,
+    }
+
+
+def report(options: Options, rows: list[dict[str, Any]]) -> None:
+    """A table of the sweep, the optimizer's share of the step time, and the CSV. Times are medians over the epochs of
+    the medians over each one's steps, on the first process."""
+    table, shares = Table(), []
+    for column in ("batch size", "peak LR", "last train loss", "last test accuracy", "samples/s", "step"):
+        table.add_column(column, justify="right")
+    for size in options.batch_sizes:
+        of_size = [row for row in rows if row["batch_size"] == size]
+        names = ("samples_per_s", "step_ms", "optimizer_ms", "optimizer_share")
+        samples_per_s, step_ms, optimizer_ms, share = (statistics.median(r[name] for r in of_size) for name in names)
+        table.add_row(
+            str(size),
+            f"{options.base_lr * size / options.base_batch:g}",
+            f"{of_size[-1]['train_loss']:.4f}",
+            f"{of_size[-1]['test_accuracy']:.2%}",
+            f"{samples_per_s:,.0f}",
+            f"{step_ms:.2f} ms",
+        )
+        shares.append(
+            f"batch {size}: {options.optimizer}'s optimizer step takes {optimizer_ms:.3f} ms of {step_ms:.2f} ms, "
+            f"{share:.2%} of a training step"
+        )
+    cli._console().print(table)
+    print(*shares, sep="\n")
+    if options.csv is not None:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, tuple(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        print(options.csv.resolve())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 2, with one line on stderr, for bad arguments."""
+    try:
+        options = app(arguments, prog_name="large_batch", standalone_mode=False)
+        if isinstance(options, Options):  # and not what --help returns
+            sweep(options)
+        return 0
+    except cli.UsageError as error:
+        return _fail(2, error.format_message())
+    except ModuleNotFoundError as error:
+        library = {**cli.EXTRA, "tensorboard": "tensorboard"}.get((error.name or "").split(".")[0])
+        if library is None:
+            raise
+        extra = "tensorboard" if library == "tensorboard" else "demo"
+        return _fail(
+            1,
+            f'this needs {library}: install texp with the extra "{extra}", as in '
+            f'pip install --no-build-isolation ".[{extra}]"',
+        )
+    except OSError as error:
+        return _fail(1, str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail(130, "interrupted")
+
+
+def _fail(code: int, message: str) -> int:
+    if rank() == 0:
+        print(f"large_batch: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run())
