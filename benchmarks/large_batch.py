@@ -230,7 +230,7 @@ def _where(options: Options) -> dict[str, Any]:
         "processes": world(),
         "threads": torch.get_num_threads(),
         "amp": options.amp,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 

@@ -1,0 +1,315 @@
+"""The recipe for large batches, run as its users would."""
+
+import csv
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import texp
+from benchmarks import large_batch, large_batch_training
+from benchmarks.large_batch import run
+from tests.conftest import relative_error, same_bits
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--width", "4", "--epochs", "3", "--warmup", "1", "--batch-size", "360", "--device", "cpu"]
+EXACT = [*SMALL, "--model", "gn", "--float64"]  # GroupNorm: its statistics are of one image
+
+
+def rows_of(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def curve(rows: list[dict]) -> list[tuple]:
+    """What is the same in each run; times are not. A float is written so that it is read back as it was."""
+    return [(row["batch_size"], row["epoch"], row["lr"], row["train_loss"], row["test_accuracy"]) for row in rows]
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [float(row["train_loss"]) for row in rows]
+
+
+def trained(folder: Path, *arguments: str) -> tuple[list[dict], dict]:
+    """The rows of the CSV, and the model's state dict at the end."""
+    table, checkpoint = folder / "epochs.csv", folder / "checkpoint.pt"
+    folder.mkdir(exist_ok=True)
+    assert run([*arguments, "--csv", str(table), "--checkpoint", str(checkpoint)]) == 0
+    return rows_of(table), torch.load(checkpoint, weights_only=True)["state"]["model"]
+
+
+def test_the_sweep(tmp_path, capsys):
+    """Also in bf16 and channels_last, with the weights of a run in float32 nearby."""
+    table = tmp_path / "sweep.csv"
+    sweep = [*SMALL, "--batch-size", "180,360,180"]
+    assert run([*sweep, "--csv", str(table)]) == 0
+    out = capsys.readouterr().out
+    made = rows_of(table)
+    assert [(row["batch_size"], row["epoch"]) for row in made] == [(b, e) for b in ("180", "360") for e in "012"]
+    assert {(row["optimizer"], row["device"], row["processes"], row["amp"]) for row in made} == {
+        ("texp", "cpu", "1", "off")
+    }
+    for row in made:
+        assert 0 < float(row["optimizer_ms"]) < float(row["step_ms"])
+        assert 0 < float(row["optimizer_share"]) < 1
+        assert float(row["samples_per_s"]) > 0
+        assert 0 <= float(row["test_accuracy"]) <= 1
+    assert losses(made)[2] < losses(made)[0] < 3
+    for size, lr in (("180", "0.140625"), ("360", "0.28125")):
+        assert re.search(rf"{size} │ +{lr}", out)
+        assert re.search(rf"batch {size}: texp's optimizer step takes [\d.]+ ms of [\d.]+ ms, [\d.]+%", out)
+    assert run([*sweep, "--csv", str(table), "--amp", "bf16", "--channels-last"]) == 0
+    # Eight bits of a bf16 number: 0.4 % for each of a dozen roundings in a row, of which few add up.
+    assert losses(rows_of(table)) == pytest.approx(losses(made), rel=0.02)
+
+
+def test_the_same_seed_is_the_same_run(tmp_path):
+    (first, weights), (again, same) = trained(tmp_path / "a", *SMALL), trained(tmp_path / "b", *SMALL)
+    assert curve(again) == curve(first)
+    assert all(same_bits(same[name], weights[name]) for name in weights)
+    other, _ = trained(tmp_path / "c", *SMALL, "--seed", "1")
+    assert losses(other) != losses(first)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+@pytest.mark.parametrize("model", ["bn", "gn"])
+def test_texp_visits_the_functions_of_torch(tmp_path, model, schedule):
+    """The weights at the end as well: texp.SGD is folded then. Weight decay is strong enough for P to pass 2."""
+    arguments = [*EXACT, "--model", model, "--schedule", schedule, "--weight-decay", "0.03", "--epochs", "12"]
+    (one, weights), (other, same) = (
+        trained(tmp_path / name, *arguments, "--optimizer", name) for name in ("texp", "torch")
+    )
+    for a, b in zip(one, other, strict=True):
+        for name in ("lr", "train_loss", "test_accuracy"):
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-9)
+    assert float(one[-1]["log10_lr"]) > float(other[-1]["log10_lr"])  # it did take the exponential form
+    for name, weight in weights.items():
+        assert relative_error(weight, same[name]) < 1e-9
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    """Up to the order of a sum in float64, which some steps of training enlarge."""
+    (whole, weights), (parts, same) = (
+        trained(tmp_path / n, *EXACT, "--accumulate", n) for n in ("1", "3")
+    )  # fmt: skip
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-9)
+    assert all(relative_error(same[name], weights[name]) < 1e-9 for name in weights)
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "benchmarks.large_batch", *arguments]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_whole_batch(tmp_path):
+    arguments = [*EXACT, "--accumulate", "2"]
+    table, checkpoint = tmp_path / "two.csv", tmp_path / "two.pt"
+    done = torchrun(2, *arguments, "--csv", str(table), "--checkpoint", str(checkpoint))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("batch 360, epoch 3") == 1  # only the first process reports
+    two, (one, weights) = rows_of(table), trained(tmp_path / "one", *arguments, "--accumulate", "1")
+    assert {row["processes"] for row in two} == {"2"}
+    assert losses(two) == pytest.approx(losses(one), rel=1e-6)
+    assert [row["test_accuracy"] for row in two] == [row["test_accuracy"] for row in one]
+    same = torch.load(checkpoint, weights_only=True)["state"]["model"]
+    assert all(relative_error(same[name], weights[name]) < 1e-6 for name in weights)
+
+
+def test_gradients_are_exchanged_once_a_step(monkeypatch):
+    """All micro-batches but the last are under no_sync, forward and backward."""
+    calls = []
+
+    class Parallel(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.alone = module, False
+
+        def no_sync(self):
+            from contextlib import contextmanager
+
+            @contextmanager
+            def entered():
+                self.alone = True
+                yield
+                self.alone = False
+
+            return entered()
+
+        def forward(self, x):
+            y = self.module(x)
+            calls.append(["forward", self.alone])
+            y.register_hook(lambda grad: calls.append(["backward", self.alone]))
+            return y
+
+    options = large_batch.Options(width=4, batch_size="360", accumulate=3, device="cpu")
+    training = large_batch_training.Training(options, 360, large_batch.load_digits())
+    training.parallel = Parallel(training.model)
+    training._backward(torch.arange(360).view(3, 120))
+    assert calls == [[what, alone] for alone in (True, True, False) for what in ("forward", "backward")]
+
+
+@pytest.mark.parametrize("optimizer", ["texp", "torch"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys, optimizer):
+    """In the middle of an epoch of the sweep's second batch size, and again after the end."""
+    arguments = [*SMALL, "--optimizer", optimizer, "--batch-size", "180,360", "--amp", "fp16"]
+    arguments += ["--weight-decay", "0.03"]
+    whole, weights = trained(tmp_path / "whole", *arguments)
+    checkpoint = tmp_path / "parts" / "checkpoint.pt"
+    steps = 0
+
+    def backward(self, batch, real=large_batch_training.Training._backward):
+        nonlocal steps
+        steps += 1
+        if steps == 3 * 7 + 3 + 2:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    checkpoint.parent.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(large_batch_training.Training, "_backward", backward)
+        assert run([*arguments, "--checkpoint", str(checkpoint)]) == 130
+        assert capsys.readouterr().err == "large_batch: interrupted\n"
+    assert len(torch.load(checkpoint, weights_only=True)["rows"]) == 3 + 1
+    for _ in range(2):
+        parts, same = trained(checkpoint.parent, *arguments)
+        assert curve(parts) == curve(whole)
+        assert all(same_bits(same[name], weights[name]) for name in weights)
+    assert os.listdir(checkpoint.parent) == ["checkpoint.pt", "epochs.csv"] or len(os.listdir(checkpoint.parent)) == 2
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(b"old")
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        large_batch.save_checkpoint(checkpoint, large_batch.Options(), [], {})
+    assert checkpoint.read_bytes() == b"old"
+
+
+def test_the_learning_rate():
+    def factors(schedule):
+        return [large_batch_training.lr_factor(step, 20, 4, schedule) for step in range(21)]
+
+    warmup = [0.2, 0.4, 0.6, 0.8]
+    assert factors("step") == pytest.approx(warmup + [1.0] * 6 + [0.1] * 5 + [0.01] * 6)
+    cosine = factors("cosine")
+    assert cosine[:5] == pytest.approx([*warmup, 1.0])
+    assert cosine[12] == pytest.approx(0.5)
+    assert cosine[20] == 0
+    assert all(a > b for a, b in itertools.pairwise(cosine[4:]))
+
+
+def test_the_tensorboard(tmp_path, monkeypatch):
+    """That it is told; what it makes of it is its own affair."""
+    told = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            self.name = Path(folder).name
+
+        def add_scalar(self, name, value, epoch):
+            assert math.isfinite(value)
+            told.append((self.name, name, epoch))
+
+        def close(self):
+            told.append((self.name, "closed"))
+
+    module = types.ModuleType("tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert run([*SMALL, "--tensorboard", str(tmp_path)]) == 0
+    assert {(name, epoch) for of, name, epoch in told[:-1]} >= {
+        (name, epoch) for name in ("train_loss", "test_accuracy", "lr", "log10_lr") for epoch in range(3)
+    }
+    assert told[-1] == ("texp-360", "closed")
+
+
+def test_without_tensorboard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    assert run([*SMALL, "--tensorboard", str(tmp_path / "logs")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert 'needs tensorboard: install texp with the extra "tensorboard"' in captured.err
+
+
+ERRORS = {
+    "optimizer": (["--optimizer", "adam"], "--optimizer must be texp or torch, got adam"),
+    "schedule": (["--schedule", "linear"], "--schedule must be cosine or step, got linear"),
+    "amp": (["--amp", "fp8"], "--amp must be off or bf16 or fp16, got fp8"),
+    "model": (["--model", "ln"], "--model must be bn or gn, got ln"),
+    "device": (["--device", "tpu"], "--device must be cpu or cuda, got tpu"),
+    "batch sizes": (["--batch-size", "64;128"], "separated by commas, got 64;128"),
+    "no batch": (["--batch-size", "64,0"], "multiple of 1 processes × --accumulate 1, got 0"),
+    "a batch in parts": (["--batch-size", "64", "--accumulate", "3"], "1 processes × --accumulate 3, got 64"),
+    "too large a batch": (["--batch-size", "64,2048"], "--batch-size must be at most 1437, got 2048"),
+    "no epochs": (["--epochs", "0"], "epochs"),
+    "all warm-up": (["--epochs", "4", "--warmup", "4"], "--warmup must be at least 0 and below --epochs 4, got 4"),
+    "endless LR": (["--base-lr", "inf"], "--base-lr must be greater than 0 and below inf, got inf"),
+    "no number": (["--weight-decay", "nan"], "--weight-decay must be at least 0 and below inf, got nan"),
+    "momentum": (["--momentum", "0"], "--momentum must be greater than 0 and below 1, got 0"),
+    "smoothing": (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and below 1, got 1"),
+    "width": (["--width", "6"], "--width must be a multiple of 4, got 6"),
+    "both": (["--float64", "--amp", "bf16"], "it does not go with --amp bf16"),
+    "no folder": (["--csv", "no/such/folder/a.csv"], "No such file or directory"),
+    "a folder": (["--checkpoint", "."], "cannot write .: Is a directory"),
+    "no such option": (["--bach-size", "64"], "--bach-size"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_arguments_get_one_line_and_exit_code_2(case, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = ERRORS[case]
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("large_batch: ")
+    assert re.search(message, captured.err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu(capsys):
+    assert run(["--device", "cuda"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_checkpoints_of_something_else(tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint.pt"
+    _ = trained(tmp_path, *SMALL)
+    capsys.readouterr()
+    assert run([*SMALL, "--epochs", "4", "--checkpoint", str(checkpoint)]) == 2
+    assert "is of another run: epochs was 3, and is 4 now" in capsys.readouterr().err
+    whole = checkpoint.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"a text", json.dumps({}).encode()):
+        checkpoint.write_bytes(damaged)
+        assert run([*SMALL, "--checkpoint", str(checkpoint)]) == 2
+        err = capsys.readouterr().err
+        assert "is damaged, or not one of this command" in err
+        assert err.count("\n") == 1
+        assert checkpoint.read_bytes() == damaged
+    torch.save({"model": texp.__version__}, checkpoint)
+    assert run([*SMALL, "--checkpoint", str(checkpoint)]) == 2
+
+
+def test_help(capsys):
+    assert run(["--help"]) == 0
+    assert "--label-smoothing" in capsys.readouterr().out
