@@ -12,7 +12,6 @@ sweep over batch sizes, checkpoints, and what is reported.
 
 import csv
 import math
-import pickle
 import statistics
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.large_batch_training import AMP, GROUPS, Training, device_of, rank, world
-from texp import cli
+from texp import backends, cli
 from texp.demo import load_digits
 
 CHOICES = {
@@ -51,47 +50,34 @@ class Options:
     """
 
     optimizer: Annotated[str, typer.Option(help="texp or torch: texp.SGD, or torch.optim.SGD(fused=True).")] = "texp"
+    backend: Annotated[str | None, typer.Option(help="Of texp.SGD, see texp info; default: its own choice.")] = None
     batch_size: Annotated[str, typer.Option(help="Of all processes; several are a sweep, as in 64,128.")] = "64"
     epochs: Annotated[int, typer.Option(min=1, help="Of each batch size.")] = 20
     base_lr: Annotated[float, typer.Option(help="LR for --base-batch; linear in the batch size.")] = 0.05
     base_batch: Annotated[int, typer.Option(min=1, help="Batch size whose LR is --base-lr.")] = 64
     warmup: Annotated[float, typer.Option(help="Epochs in which the LR rises linearly from 0.")] = 5.0
-    schedule: Annotated[str, typer.Option(help="After it: cosine to 0, or step: a tenth at 1/2, again at 3/4.")] = (
-        "cosine"
-    )
+    schedule: Annotated[str, typer.Option(help="cosine to 0, or step: a tenth at 1/2, again at 3/4.")] = "cosine"
     momentum: Annotated[float, typer.Option(help="γ, of Nesterov momentum.")] = 0.9
     weight_decay: Annotated[float, typer.Option(help="λ, of all but biases and norms.")] = 5e-4
     label_smoothing: Annotated[float, typer.Option(help="Share of the label spread over all classes.")] = 0.1
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches of a batch, one backward pass each.")] = 1
-    model: Annotated[
-        str, typer.Option(help="bn or gn: BatchNorm of each micro-batch of a process, or GroupNorm.")
-    ] = "bn"
+    model: Annotated[str, typer.Option(help="bn or gn: BatchNorm over a process's micro-batch, or GroupNorm.")] = "bn"
     width: Annotated[int, typer.Option(min=1, help=f"Channels of the first stage, a multiple of {GROUPS}.")] = 8
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu"
     amp: Annotated[str, typer.Option(help="off, bf16 or fp16: autocast; fp16 with a GradScaler.")] = "off"
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of images and weights.")] = (
-        False
-    )
-    float64: Annotated[bool, typer.Option("--float64", help="To compare runs; an eps ≈ 0 in the norms as well.")] = (
-        False
-    )
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Of images and weights.")] = False
+    float64: Annotated[bool, typer.Option("--float64", help="And eps ≈ 0 in the norms, to compare runs.")] = False
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initialisation and the batches.")] = 0
-    csv: Annotated[Path | None, typer.Option(help="Where to write every epoch.")] = None
-    checkpoint: Annotated[Path | None, typer.Option(help="Written after every epoch; resumed from if it exists.")] = (
-        None
-    )
+    csv: Annotated[Path | None, typer.Option(help="Where to write every epoch, at the end.")] = None
+    checkpoint: Annotated[Path | None, typer.Option(help="Written after every epoch; resumed from if there.")] = None
     tensorboard: Annotated[Path | None, typer.Option(help="Folder to log to.")] = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 _refuse(f"--{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
-        for name, most in (
-            ("base_lr", math.inf),
-            ("weight_decay", math.inf),
-            ("momentum", 1),
-            ("label_smoothing", 1),
-        ):
+        below = {"base_lr": math.inf, "weight_decay": math.inf, "momentum": 1, "label_smoothing": 1}
+        for name, most in below.items():
             value = getattr(self, name)
             positive = name in ("base_lr", "momentum")  # Nesterov needs some
             if not (0 < value < most or (value == 0 and not positive)):
@@ -105,7 +91,12 @@ class Options:
             _refuse(f"--float64 computes nothing in lower precision: it does not go with --amp {self.amp}")
         if self.device == "cuda" and not torch.cuda.is_available():
             _refuse("--device cuda was asked for, but torch sees no CUDA device")
-        _ = self.batch_sizes
+        if self.backend is not None:
+            state = backends.available().get(self.backend, "there is no such backend")
+            if self.optimizer != "texp" or state != backends.OK:
+                why = state if self.optimizer == "texp" else "it is for --optimizer texp"
+                _refuse(f"--backend {self.backend} was asked for, but {why}")
+        _ = self.batch_sizes  # refuses what it cannot be
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -141,6 +132,7 @@ def _processes(options: Options) -> Iterator[None]:
         return
     dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
     try:
+        dist.barrier()
         yield
     finally:
         dist.destroy_process_group()
@@ -156,7 +148,7 @@ def load_checkpoint(path: Path | None, options: Options) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         was = dict(saved["options"])
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+    except Exception:  # torch.load raises nearly anything
         _refuse(f"--checkpoint {path} is damaged, or not one of this command")
     for name, value in options.of_the_run().items():
         if was.get(name) != value:
@@ -177,14 +169,16 @@ def sweep(options: Options) -> list[dict[str, Any]]:
     if chief:
         cli._check_writable(options.csv)
         cli._check_writable(options.checkpoint)
-    saved, data = load_checkpoint(options.checkpoint, options), load_digits()
+    data = load_digits()
     if max(options.batch_sizes) > len(data.train_x):
         _refuse(f"--batch-size must be at most {len(data.train_x)}, got {max(options.batch_sizes)}")
     if options.tensorboard is not None:
         from torch.utils.tensorboard import SummaryWriter
-    rows, console = saved["rows"], cli._console()
+    console = cli._console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with _processes(options), Progress(*columns, console=console, disable=not chief) as progress:
+        saved = load_checkpoint(options.checkpoint, options)
+        rows = saved["rows"]
         for size in options.batch_sizes:
             done = sum(row["batch_size"] == size for row in rows)
             steps = len(data.train_x) // size
@@ -201,9 +195,8 @@ def sweep(options: Options) -> list[dict[str, Any]]:
                 made = training.epoch(lambda task=task: progress.advance(task))
                 if epoch == options.epochs - 1:
                     training.fold()
-                rows.append(
-                    {"optimizer": options.optimizer, "batch_size": size, "epoch": epoch} | made | _where(options)
-                )
+                of_run = {"optimizer": options.optimizer, "batch_size": size, "epoch": epoch}
+                rows.append({**of_run, **made, **_where(options)})
                 if not chief:
                     continue
                 progress.console.print(

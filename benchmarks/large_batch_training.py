@@ -73,7 +73,7 @@ def make_optimizer(options: "Options", model: nn.Module, example: Tensor, lr: fl
     arguments = {"lr": lr, "momentum": options.momentum, "nesterov": True}
     if options.optimizer == "texp":
         groups = texp.param_groups(model, example, no_decay="bias_and_norm", weight_decay=options.weight_decay)
-        return texp.SGD(groups, **arguments)
+        return texp.SGD(groups, backend=options.backend, **arguments)
     named = list(model.named_parameters())
     groups = [
         {"params": [p for n, p in named if bias_or_norm(n, p) == still], "weight_decay": 0.0 if still else decay}
@@ -108,14 +108,20 @@ class Training:
         self.parallel = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
 
     def epoch(self, advance: Callable[[], object]) -> dict[str, Any]:
-        """Trains for an epoch; calls `advance` after each step. Returns its fields of a row of the CSV."""
+        """Trains for an epoch; calls `advance` after each step.
+
+        Returns fields of a row of the CSV: lr and log10_lr, of the first step (log10 of the paper's LR, if in
+        exponential form); train_loss, with smoothed labels, mean of all steps; test_accuracy, from 0 to 1;
+        samples_per_s, of training; step_ms and optimizer_ms, medians over the steps, in milliseconds, of a step and
+        of the optimizer's part of it; optimizer_share, their ratio.
+        """
         self.model.train()
         order = torch.randperm(len(self.train_x), generator=self.order)[: self.steps * self.batch_size]
         losses, step_s, optimizer_s = [], [], []
+        lr, log10_lr = self.optimizer.param_groups[0]["lr"], self._log10_lr()
         self._wait()
         start = before = time.perf_counter()
         for batch in order.view(self.steps, self.options.accumulate, world(), -1).to(self.device):
-            lr, log10_lr = self.optimizer.param_groups[0]["lr"], self._log10_lr()
             losses.append(self._backward(batch[:, rank()]))
             # The device's work is waited for on both sides; leave that out where nobody wants the optimizer's share.
             self._wait()
@@ -124,7 +130,7 @@ class Training:
             self._wait()
             after = time.perf_counter()
             self.scaler.update()
-            self.schedule.step()
+            self.schedule.step()  # also where the scaler skipped the step
             step_s.append(after - before)
             optimizer_s.append(after - ready)
             before = after

@@ -104,15 +104,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
 
 
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "-m", "benchmarks.large_batch", *arguments]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "error"}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
+    """Up to the order of a sum in float64. In float32 they are one with the same micro-batches to 1e-6; another order is enlarged."""
     arguments = [*EXACT, "--accumulate", "2"]
     table, checkpoint = tmp_path / "two.csv", tmp_path / "two.pt"
     done = torchrun(2, *arguments, "--csv", str(table), "--checkpoint", str(checkpoint))
@@ -120,10 +121,10 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     assert done.stdout.count("batch 360, epoch 3") == 1  # only the first process reports
     two, (one, weights) = rows_of(table), trained(tmp_path / "one", *arguments, "--accumulate", "1")
     assert {row["processes"] for row in two} == {"2"}
-    assert losses(two) == pytest.approx(losses(one), rel=1e-6)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-9)
     assert [row["test_accuracy"] for row in two] == [row["test_accuracy"] for row in one]
     same = torch.load(checkpoint, weights_only=True)["state"]["model"]
-    assert all(relative_error(same[name], weights[name]) < 1e-6 for name in weights)
+    assert all(relative_error(same[name], weights[name]) < 1e-9 for name in weights)
 
 
 def test_gradients_are_exchanged_once_a_step(monkeypatch):
@@ -159,10 +160,10 @@ def test_gradients_are_exchanged_once_a_step(monkeypatch):
     assert calls == [[what, alone] for alone in (True, True, False) for what in ("forward", "backward")]
 
 
-@pytest.mark.parametrize("optimizer", ["texp", "torch"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys, optimizer):
+@pytest.mark.parametrize(("optimizer", "amp"), [("texp", "fp16"), ("torch", "off")])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys, optimizer, amp):
     """In the middle of an epoch of the sweep's second batch size, and again after the end."""
-    arguments = [*SMALL, "--optimizer", optimizer, "--batch-size", "180,360", "--amp", "fp16"]
+    arguments = [*SMALL, "--optimizer", optimizer, "--batch-size", "180,360", "--amp", amp]
     arguments += ["--weight-decay", "0.03"]
     whole, weights = trained(tmp_path / "whole", *arguments)
     checkpoint = tmp_path / "parts" / "checkpoint.pt"
@@ -185,7 +186,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys, o
         parts, same = trained(checkpoint.parent, *arguments)
         assert curve(parts) == curve(whole)
         assert all(same_bits(same[name], weights[name]) for name in weights)
-    assert os.listdir(checkpoint.parent) == ["checkpoint.pt", "epochs.csv"] or len(os.listdir(checkpoint.parent)) == 2
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"checkpoint.pt", "epochs.csv"}
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -266,6 +267,8 @@ ERRORS = {
     "momentum": (["--momentum", "0"], "--momentum must be greater than 0 and below 1, got 0"),
     "smoothing": (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and below 1, got 1"),
     "width": (["--width", "6"], "--width must be a multiple of 4, got 6"),
+    "no backend": (["--backend", "gpu"], "--backend gpu was asked for, but there is no such backend"),
+    "backend of torch": (["--backend", "cpu", "--optimizer", "torch"], "but it is for --optimizer texp"),
     "both": (["--float64", "--amp", "bf16"], "it does not go with --amp bf16"),
     "no folder": (["--csv", "no/such/folder/a.csv"], "No such file or directory"),
     "a folder": (["--checkpoint", "."], "cannot write .: Is a directory"),
