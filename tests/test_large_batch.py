@@ -113,7 +113,7 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
-    """Up to the order of a sum in float64. In float32 they are one with the same micro-batches to 1e-6; another order is enlarged."""
+    """Up to the order of a sum in float64, which some steps of training enlarge."""
     arguments = [*EXACT, "--accumulate", "2"]
     table, checkpoint = tmp_path / "two.csv", tmp_path / "two.pt"
     done = torchrun(2, *arguments, "--csv", str(table), "--checkpoint", str(checkpoint))
