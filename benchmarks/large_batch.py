@@ -112,6 +112,10 @@ class Options:
                 _refuse(f"--batch-size must be a multiple of {what}, got {size}")
         return sizes
 
+    def peak_lr(self, batch_size: int) -> float:
+        """LR after the warm-up."""
+        return self.base_lr * batch_size / self.base_batch
+
     def of_the_run(self) -> dict[str, Any]:
         """All that the curve depends on, as a checkpoint has it."""
         made = {k: v for k, v in asdict(self).items() if k not in ("csv", "checkpoint", "tensorboard")}
@@ -239,7 +243,7 @@ def report(options: Options, rows: list[dict[str, Any]]) -> None:
         samples_per_s, step_ms, optimizer_ms, share = (statistics.median(r[name] for r in of_size) for name in names)
         table.add_row(
             str(size),
-            f"{options.base_lr * size / options.base_batch:g}",
+            f"{options.peak_lr(size):g}",
             f"{of_size[-1]['train_loss']:.4f}",
             f"{of_size[-1]['test_accuracy']:.2%}",
             f"{samples_per_s:,.0f}",

@@ -95,9 +95,8 @@ class Training:
         self.train_y, self.test_y = data.train_y.to(self.device), data.test_y.to(self.device)
         self.steps = len(self.train_x) // batch_size  # of an epoch; what is left of the images is for later epochs
         self.model = make_model(options).to(self.device, memory_format=form)
-        self.peak_lr = options.base_lr * batch_size / options.base_batch
         # Before the model is wrapped: the groups hold its own buffers.
-        self.optimizer = make_optimizer(options, self.model, self.train_x[:4], self.peak_lr)
+        self.optimizer = make_optimizer(options, self.model, self.train_x[:4], options.peak_lr(batch_size))
         steps, warmup = options.epochs * self.steps, int(options.warmup * self.steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, steps, warmup, options.schedule)
