@@ -106,6 +106,8 @@ class Probe:
             for p in self.model.parameters():
                 p.copy_(self._generic(p))
         self.base = {name: p.detach().clone() for name, p in self.params.items()}
+        self.base_norm = {name: p.norm().item() for name, p in self.base.items()}
+        self.norm_of = dict(self.base_norm)  # of the parameters where they are now
 
     def rows(self) -> Iterator[Row]:
         """One row of the outputs and, if there are norms with running statistics, one of these. Then moves on.
@@ -134,7 +136,8 @@ class Probe:
         with torch.no_grad():
             for name, p in self.params.items():
                 factor = torch.empty((), dtype=p.dtype).uniform_(-0.3, 0.3, generator=self.generator).exp().item()
-                p.copy_(self.base[name] * factor)
+                torch.mul(self.base[name], factor, out=p)
+                self.norm_of[name] = self.base_norm[name] * factor
         self.inputs = _map(self.example, self._like)
         self.seed += 1
 
@@ -142,6 +145,7 @@ class Probe:
         """Moves on from where these parameters are multiplied by c^power."""
         for name, power in powers.items():
             self.base[name].mul_(c**power)
+            self.base_norm[name] *= c**power
         self.move()
 
     def scaled(self, powers: dict[str, float], c: float) -> Change:
@@ -228,8 +232,9 @@ class Probe:
             if g is not None
         ]
         if found:
-            pairs = [torch.stack([p.dot(g), p.norm() * g.norm()]) for _, p, g in found]
+            pairs = [torch.stack([p.dot(g), g.norm()]) for _, p, g in found]
             products[:, [i for i, *_ in found]] = torch.stack(pairs).T.cpu().double()
+            products[1] *= torch.tensor(list(self.norm_of.values()), dtype=torch.float64)
         if not products.isfinite().all():
             raise ValueError("the gradients are not finite at a random point near the model's")
         return tuple(products)
