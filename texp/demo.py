@@ -7,6 +7,7 @@ what differs between the runs is the optimizer and not rounding.
 """
 
 import csv
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -67,21 +68,22 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Images (n, 1, 8, 8) to logits (n, 10). Its output does not change when all convolutions are multiplied by the
-    same number.
+    """Images (n, channels, h, w) to logits (n, 10). Its output does not change when all convolutions are multiplied
+    by the same number. The defaults are for digits.
 
     Args:
+        width: channels of the first of three stages; each of the others has twice as many at half the resolution.
+        blocks: in each stage.
         all_trainable: norms have a trainable scale and bias, and running statistics, and the last layer is trainable
             as well; otherwise the convolutions alone are.
     """
 
-    def __init__(self, width: int = 8, *, all_trainable: bool = False) -> None:
+    def __init__(self, width: int = 8, blocks: int = 1, channels: int = 1, *, all_trainable: bool = False) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, width, 3, 1, 1, bias=False)
+        self.stem = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        sizes = [width] + [width * 2**stage for stage in range(3) for _ in range(blocks)]
         self.blocks = nn.Sequential(
-            PreActBlock(width, width, 1, all_trainable),
-            PreActBlock(width, 2 * width, 2, all_trainable),
-            PreActBlock(2 * width, 4 * width, 2, all_trainable),
+            *(PreActBlock(a, b, 1 if a == b else 2, all_trainable) for a, b in itertools.pairwise(sizes))
         )
         self.norm = _norm(4 * width, all_trainable)
         self.head = nn.Linear(4 * width, 10, bias=False).requires_grad_(all_trainable)

@@ -1,0 +1,1 @@
+"""What is measured, and the paper's experiments (python -m benchmarks.paper)."""

@@ -1,0 +1,169 @@
+"""python -m benchmarks.paper NAME: one experiment of the paper, or all."""
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks.paper import cosine, data, fixed, instant_decay, no_instant_decay, norms, results, step_decay, toy
+from benchmarks.paper.setup import SETUPS, Setup
+from benchmarks.paper.training import DifferentRunError, path_of, train
+from benchmarks.paper.ways import Way
+from texp.cli import EXTRA, UsageError
+
+EXPERIMENTS: dict[str, ModuleType] = {
+    "fixed": fixed,
+    "step-decay": step_decay,
+    "instant-decay": instant_decay,
+    "no-instant-decay": no_instant_decay,
+    "cosine": cosine,
+    "toy": toy,
+    "norms": norms,
+}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Runs experiments; returns the exit code: 2 for bad arguments, 1 where something is missing or a shape does not
+    hold, each with one line on stderr."""
+    try:
+        return app(arguments, prog_name="python -m benchmarks.paper", standalone_mode=False) or 0
+    except UsageError as error:
+        return _fail(2, error.format_message() or "no experiment given")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in EXTRA:
+            raise
+        return _fail(1, f'{error}: install texp with the extra "demo"')
+    except (OSError, data.DataError, DifferentRunError) as error:
+        return _fail(1, str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail(130, "interrupted: the same command goes on from the last checkpoints")
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"benchmarks.paper: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+@app.command()
+def main(
+    name: Annotated[str, typer.Argument(help=f"{', '.join(EXPERIMENTS)}, or all.")],
+    data_name: Annotated[str, typer.Option("--data", help="digits or cifar10.")] = "digits",
+    root: Annotated[Path | None, typer.Option(help="Where CIFAR-10 is: a folder or its archive.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each kind, with seeds from 0 on.")] = 1,
+    out: Annotated[Path, typer.Option(help="For figures, summaries, every step and checkpoints.")] = Path(
+        "build/paper"
+    ),
+    steps: Annotated[int | None, typer.Option(min=4, help="Of a run; shortens all phases.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: two if there are cores.")] = None,
+) -> int:
+    """Repeats experiments of the paper, and says whether they have the shapes that it reports.
+
+    After an interruption the same command goes on from the last checkpoints.
+    """
+    start = time.perf_counter()
+    if name not in (*EXPERIMENTS, "all"):
+        raise typer.BadParameter(f"NAME must be among {', '.join(EXPERIMENTS)} and all, got {name}")
+    if data_name not in SETUPS:
+        raise typer.BadParameter(f"--data must be digits or cifar10, got {data_name}")
+    if (data_name == "cifar10") != (root is not None):
+        raise typer.BadParameter("--root DIR goes with --data cifar10: where CIFAR-10 is")
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device must be cpu or cuda, got {device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda was asked for, but torch sees no CUDA device")
+    setup = replace(SETUPS[data_name], out=out, root=root, device=device)
+    if steps is not None:
+        setup = setup.shortened(steps)
+    out.mkdir(parents=True, exist_ok=True)
+    data.load(setup)  # what is wrong with it is said before anything else
+
+    chosen = EXPERIMENTS if name == "all" else {name: EXPERIMENTS[name]}
+    ways = {key: way for module in chosen.values() for key, way in module.runs(setup).items()}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = jobs or (1 if device == "cuda" else min(2, cores))
+    # Tensors of digits are too small to share between threads.
+    threads = 1 if data_name == "digits" else max(1, cores // jobs)
+    _train_all([(key, way, setup, seed, threads) for seed in range(seeds) for key, way in ways.items()], jobs)
+
+    curves = {key: [results.read(path_of(key, setup, seed)) for seed in range(seeds)] for key in ways}
+    checks = []
+    for experiment, module in chosen.items():
+        mine = {key: curves[key] for key in module.runs(setup)}
+        for seed in range(seeds):
+            found = module.checks({key: of_seeds[seed] for key, of_seeds in mine.items()}, setup)
+            checks += [(experiment, seed, check) for check in found]
+        labels = {key: ways[key].label for key in mine}
+        module.draw(module.TITLE, labels, mine, out / f"{experiment}.png")
+    results.write_checks(checks, out / "checks.csv")
+    results.write_summary(curves, out / "summary.csv")
+    _print(checks)
+    print(f"{time.perf_counter() - start:.0f} s, {jobs} runs at a time; figures and summaries in {out.resolve()}")
+    missed = [f"{experiment}: {check.what}" for experiment, _, check in checks if not check.holds]
+    if missed and setup.is_asserted:
+        return _fail(1, f"{len(missed)} of {len(checks)} shapes do not hold: {'; '.join(missed)}")
+    return 0
+
+
+def _train_all(tasks: list[tuple[str, Way, Setup, int, int]], jobs: int) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_console()) as progress:
+        bar = progress.add_task("runs", total=len(tasks))
+        if jobs == 1:
+            for task in tasks:
+                _train(*task)
+                progress.advance(bar)
+            return
+        # Not forked: torch's threads do not survive that.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context) as pool:
+            try:
+                for done in as_completed([pool.submit(_train, *task) for task in tasks]):
+                    done.result()
+                    progress.advance(bar)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _train(key: str, way: Way, setup: Setup, seed: int, threads: int) -> None:
+    """Without a word: what it has to say is in its CSV."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in train(key, way, setup, seed, data.load(setup)):
+            pass
+    finally:
+        torch.set_num_threads(before)
+
+
+def _print(checks: Iterable[tuple[str, int, results.Check]]) -> None:
+    table = Table("experiment", "seed", "measured", "value", "from", "to", "holds")
+    for experiment, seed, check in checks:
+        limits = [f"{limit:.6g}" if abs(limit) != float("inf") else "" for limit in (check.low, check.high)]
+        table.add_row(
+            experiment, str(seed), check.what, f"{check.value:.6g}", *limits, "yes" if check.holds else "NO"
+        )
+    _console().print(table)
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,37 @@
+"""The instant decay of TEXP alone, the LR growing as before: what it changes, passes."""
+
+from collections.abc import Mapping
+
+from benchmarks.paper import results, step_decay, ways
+from benchmarks.paper.results import WINDOW, Check, Curve, at_least
+from benchmarks.paper.setup import Setup
+
+TITLE = "instant decay only: the growth of the first phase throughout"
+
+
+def runs(setup: Setup) -> dict[str, ways.Way]:
+    return {
+        "step-sgd": step_decay.sgd(setup),
+        "instant-only": ways.texp(setup, "SGD, instant decay only, no decay", taper=False),
+    }
+
+
+def checks(curves: Mapping[str, Curve], setup: Setup) -> list[Check]:
+    sgd, instant = curves.values()
+    drop, end = [*setup.milestones, setup.steps][:2]
+
+    def change(curve: Curve) -> float:
+        return curve.mean_loss(end - WINDOW, end) / curve.mean_loss(drop - WINDOW, drop) - 1
+
+    return [
+        Check(
+            "instant decay only: loss at the end of the phase over that before the drop − 1",
+            change(instant),
+            -0.02,
+            0.02,
+        ),
+        at_least("step decay: 1 − loss at the end of the phase over that before the drop", -change(sgd), 0.05),
+    ]
+
+
+draw = results.draw

@@ -1,0 +1,55 @@
+"""Networks whose whole loss is scale-invariant: norms have no trainable scale and bias, and the last layer is fixed."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d, relu
+
+from benchmarks.paper.setup import Setup
+from texp.demo import PreActResNet
+
+
+class VGG(nn.Module):
+    """Convolutions, each with a norm and a ReLU, halved twice: images (n, channels, h, w) to logits (n, 10). Each
+    convolution is scale-invariant by itself.
+
+    Args:
+        norm: "gn" in groups of four channels, "ln" over all channels and pixels, "in" for each channel.
+    """
+
+    def __init__(self, norm: str, width: int = 8, channels: int = 1) -> None:
+        super().__init__()
+        sizes = [channels, width, width, 2 * width, 4 * width]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
+        # The theorem is about norms without eps.
+        self.norms = nn.ModuleList(
+            nn.GroupNorm({"gn": size // 4, "ln": 1, "in": size}[norm], size, eps=1e-30, affine=False)
+            for size in sizes[1:]
+        )
+        self.head = nn.Linear(4 * width, 10, bias=False).requires_grad_(False)
+        nn.init.normal_(self.head.weight, std=0.15)  # as in texp.demo
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            if index in (2, 3):
+                x = max_pool2d(x, 2)
+            x = relu(norm(conv(x)))
+        return self.head(x.mean((2, 3)))
+
+
+# By name; each takes whether it is for CIFAR-10. The resnet for CIFAR-10 is the paper's PreResNet32, 6·5 + 2 layers.
+MODELS = {
+    "resnet": lambda cifar10: PreActResNet(16, 5, 3) if cifar10 else PreActResNet(),
+    **{
+        f"vgg-{norm}": lambda cifar10, norm=norm: VGG(norm, 32, 3) if cifar10 else VGG(norm)
+        for norm in ("gn", "ln", "in")
+    },
+}
+
+
+def make(name: str, setup: Setup, seed: int) -> nn.Module:
+    """The model with the initialisation of `seed`, which does not depend on the device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name](setup.data == "cifar10").to(setup.device, setup.dtype)

@@ -1,0 +1,35 @@
+"""Other norms than BatchNorm: step decay with weight decay and its exponential form on a VGG-like network with GroupNorm,
+LayerNorm and InstanceNorm."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from benchmarks.paper import results, step_decay, ways
+from benchmarks.paper.results import Check, Curve, at_most
+from benchmarks.paper.setup import Setup
+
+TITLE = "the same with GroupNorm, LayerNorm and InstanceNorm"
+NORMS = ("gn", "ln", "in")
+
+
+def runs(setup: Setup) -> dict[str, ways.Way]:
+    made = {}
+    for norm in NORMS:
+        sgd = replace(step_decay.sgd(setup), model=f"vgg-{norm}", label=f"{norm.upper()}: SGD, step decay")
+        made[f"{norm}-sgd"] = sgd
+        made[f"{norm}-texp-sgd"] = replace(ways.texp_sgd(sgd), label=f"{norm.upper()}: texp.SGD, exponential form")
+    return made
+
+
+def checks(curves: Mapping[str, Curve], setup: Setup) -> list[Check]:
+    return [
+        at_most(
+            f"{norm.upper()}: exponential form against SGD, loss",
+            results.largest_difference(curves[f"{norm}-texp-sgd"], curves[f"{norm}-sgd"]),
+            1e-9,
+        )
+        for norm in NORMS
+    ]
+
+
+draw = results.draw

@@ -1,0 +1,148 @@
+"""What came of the runs: read from their CSVs, drawn, and held against the shapes that the paper reports."""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+WINDOW = 50  # steps that a loss is averaged over before it is compared: single batches differ by more than the runs
+
+
+class Curve(NamedTuple):
+    """One run: a value a step in each list."""
+
+    loss: list[float]
+    log10_lr: list[float]
+    norm2_over_lr: list[float]  # ‖w‖²/η̃, the inverse of the intrinsic LR
+    test_error: dict[int, float]  # by the number of steps taken before
+
+    def mean_loss(self, start: int, end: int) -> float:
+        """Over the steps from `start` to before `end`."""
+        return mean(self.loss[start:end])
+
+
+class Check(NamedTuple):
+    """A measured value and what it is to be."""
+
+    what: str
+    value: float
+    low: float
+    high: float
+
+    @property
+    def holds(self) -> bool:
+        return self.low <= self.value <= self.high
+
+
+def at_most(what: str, value: float, limit: float) -> Check:
+    return Check(what, value, -math.inf, limit)
+
+
+def at_least(what: str, value: float, limit: float) -> Check:
+    return Check(what, value, limit, math.inf)
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+def read(path: Path) -> Curve:
+    """The CSV of a run."""
+    curve = Curve([], [], [], {})
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            if line["test_error"]:
+                curve.test_error[int(line["step"])] = float(line["test_error"])
+            if line["loss"]:
+                curve.loss.append(float(line["loss"]))
+                curve.log10_lr.append(float(line["log10_lr"]))
+                curve.norm2_over_lr.append(1 / float(line["intrinsic_lr"]))
+    return curve
+
+
+def largest_difference(a: Curve, b: Curve) -> float:
+    """Of the losses, at any step."""
+    return max(abs(x - y) for x, y in zip(a.loss, b.loss, strict=True))
+
+
+def averaged_difference(a: Curve, b: Curve) -> float:
+    """The largest relative difference of a's loss from b's, both averaged over 50 steps, one window after the other."""
+    starts = range(0, len(b.loss), WINDOW)
+    return max(abs(a.mean_loss(s, s + WINDOW) / b.mean_loss(s, s + WINDOW) - 1) for s in starts)
+
+
+def epochs(curve: Curve) -> list[tuple[int, float, float, float, float]]:
+    """One row an epoch: its first step, the mean loss, the test error before it, log10 of the LR and ‖w‖²/η̃ at its
+    first step."""
+    starts = sorted(curve.test_error)
+    return [
+        (s, curve.mean_loss(s, end), curve.test_error[s], curve.log10_lr[s], curve.norm2_over_lr[s])
+        for s, end in zip(starts, starts[1:], strict=False)
+    ]
+
+
+def write_summary(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
+    """One line an epoch and run, to six digits; curves: for each way of training, one a seed."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "seed", "step", "loss", "test_error", "log10_lr", "norm2_over_lr"])
+        for name, seeds in curves.items():
+            for seed, curve in enumerate(seeds):
+                for step, *values in epochs(curve):
+                    writer.writerow([name, seed, step, *(f"{value:.6g}" for value in values)])
+
+
+def write_checks(checks: Iterable[tuple[str, int, Check]], path: Path) -> None:
+    """One line a check: experiment, seed, what is measured, its value, and from where to where it may be."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["experiment", "seed", "what", "value", "low", "high", "holds"])
+        for experiment, seed, check in checks:
+            row = [f"{value:.6g}" for value in (check.value, check.low, check.high)]
+            writer.writerow([experiment, seed, check.what, *row, check.holds])
+
+
+STYLES = (
+    {"lw": 3.5, "color": "0.75"},
+    {"lw": 1.3, "color": "C1"},
+    {"lw": 1.3, "color": "C0", "ls": "--"},
+    {"lw": 1.3, "color": "C2", "ls": ":"},
+    {"lw": 3.5, "color": "#b8dfb8"},
+    {"lw": 1.3, "color": "C3", "ls": "--"},
+)
+
+
+def draw(title: str, labels: Mapping[str, str], curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
+    """Loss and test error, the LR and ‖w‖²/η̃ of every way of training against the epoch, the mean over the seeds."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+    for (name, seeds), style in zip(curves.items(), STYLES, strict=False):
+        columns = [
+            [mean(values) for values in zip(*of_seeds, strict=True)]
+            for of_seeds in zip(*(zip(*epochs(curve), strict=True) for curve in seeds), strict=True)
+        ]
+        epoch = range(len(columns[0]))
+        for panel, values in zip(axes, columns[1:], strict=True):
+            panel.plot(epoch, values, **style, label=labels[name] if panel is axes[0] else None)
+    axes[0].set(title="train loss, mean of an epoch")
+    axes[1].set(title="test error")
+    axes[2].set(title=r"$\log_{10}$ of the learning rate")
+    axes[3].set(title=r"$\|w\|^2$ / learning rate", yscale="log")
+    for panel in axes:
+        panel.set_xlabel("epoch")
+        panel.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt

@@ -1,0 +1,35 @@
+"""Step decay with weight decay, and TEXP without it: the paper's closed form, with the momentum correction, and as texp.SGD
+does it."""
+
+from collections.abc import Mapping
+
+from benchmarks.paper import results, ways
+from benchmarks.paper.results import Check, Curve
+from benchmarks.paper.setup import Setup
+
+TITLE = "step decay with weight decay = TEXP without"
+
+
+def sgd(setup: Setup) -> ways.Way:
+    return ways.sgd(setup, ways.step_decay(setup), "SGD, step decay, weight decay")
+
+
+def runs(setup: Setup) -> dict[str, ways.Way]:
+    return {
+        "step-sgd": sgd(setup),
+        "step-texp": ways.texp(setup, "SGD, TEXP, no decay"),
+        "step-texp-corrected": ways.texp(setup, "TEXP with the momentum correction", corrected=True),
+        "step-texp-sgd": ways.texp_sgd(sgd(setup)),
+    }
+
+
+def checks(curves: Mapping[str, Curve], setup: Setup) -> list[Check]:
+    sgd, texp, corrected, texp_sgd = curves.values()
+    return [
+        results.at_most("TEXP against SGD, averaged loss", results.averaged_difference(texp, sgd), 0.03),
+        results.at_most("corrected TEXP against SGD, loss", results.largest_difference(corrected, sgd), 1e-9),
+        results.at_most("exponential form against SGD, loss", results.largest_difference(texp_sgd, sgd), 1e-9),
+    ]
+
+
+draw = results.draw
