@@ -120,6 +120,8 @@ def main(
 
 
 def _train_all(tasks: list[tuple[str, Way, Setup, int, int]], jobs: int) -> None:
+    if not tasks:
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_console()) as progress:
         bar = progress.add_task("runs", total=len(tasks))

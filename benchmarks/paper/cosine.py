@@ -1,5 +1,5 @@
-"""A cosine schedule with weight decay, and its exponential form: the LR changes at every step, so that only the paper's
-recursion for general schedules will do."""
+"""A cosine schedule with weight decay, and its exponential form: the LR changes at every step, so that only the
+paper's recursion for general schedules will do."""
 
 from collections.abc import Mapping
 

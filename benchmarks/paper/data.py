@@ -139,8 +139,8 @@ def _python(content: bytes, where: str, records: int) -> tuple[np.ndarray, np.nd
 def _checked(images: np.ndarray, labels: np.ndarray, where: str, records: int) -> tuple[np.ndarray, np.ndarray]:
     if images.shape != (records, PIXELS) or images.dtype != np.uint8 or labels.shape != (records,):
         raise DataError(
-            f"{where} holds images of shape {images.shape} ({images.dtype}) and labels of shape {labels.shape}: expected "
-            f"({records}, {PIXELS}) (uint8) and ({records},)"
+            f"{where} holds images of shape {images.shape} ({images.dtype}) and labels of shape {labels.shape}: "
+            f"expected ({records}, {PIXELS}) (uint8) and ({records},)"
         )
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 9:
         raise DataError(f"{where} holds labels that are not integers from 0 to 9")

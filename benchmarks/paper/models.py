@@ -1,4 +1,6 @@
-"""Networks whose whole loss is scale-invariant: norms have no trainable scale and bias, and the last layer is fixed."""
+"""Networks whose whole loss is scale-invariant: no norm has a trainable scale or bias, and the last layer is fixed."""
+
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,7 @@ class VGG(nn.Module):
     def __init__(self, norm: str, width: int = 8, channels: int = 1) -> None:
         super().__init__()
         sizes = [channels, width, width, 2 * width, 4 * width]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in itertools.pairwise(sizes))
         # The theorem is about norms without eps.
         self.norms = nn.ModuleList(
             nn.GroupNorm({"gn": size // 4, "ln": 1, "in": size}[norm], size, eps=1e-30, affine=False)

@@ -1,5 +1,5 @@
-"""Other norms than BatchNorm: step decay with weight decay and its exponential form on a VGG-like network with GroupNorm,
-LayerNorm and InstanceNorm."""
+"""Other norms than BatchNorm: step decay with weight decay and its exponential form, on a VGG-like network with
+GroupNorm, LayerNorm and InstanceNorm."""
 
 from collections.abc import Mapping
 from dataclasses import replace

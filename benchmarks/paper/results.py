@@ -1,6 +1,7 @@
 """What came of the runs: read from their CSVs, drawn, and held against the shapes that the paper reports."""
 
 import csv
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ def largest_difference(a: Curve, b: Curve) -> float:
 
 
 def averaged_difference(a: Curve, b: Curve) -> float:
-    """The largest relative difference of a's loss from b's, both averaged over 50 steps, one window after the other."""
+    """The largest relative difference of a's loss from b's, both averaged over windows of 50 steps, side by side."""
     starts = range(0, len(b.loss), WINDOW)
     return max(abs(a.mean_loss(s, s + WINDOW) / b.mean_loss(s, s + WINDOW) - 1) for s in starts)
 
@@ -79,7 +80,7 @@ def epochs(curve: Curve) -> list[tuple[int, float, float, float, float]]:
     starts = sorted(curve.test_error)
     return [
         (s, curve.mean_loss(s, end), curve.test_error[s], curve.log10_lr[s], curve.norm2_over_lr[s])
-        for s, end in zip(starts, starts[1:], strict=False)
+        for s, end in itertools.pairwise(starts)
     ]
 
 

@@ -1,5 +1,5 @@
-"""Step decay with weight decay, and TEXP without it: the paper's closed form, with the momentum correction, and as texp.SGD
-does it."""
+"""Step decay with weight decay, and TEXP without it: the paper's closed form, the same with the momentum correction,
+and as texp.SGD does it."""
 
 from collections.abc import Mapping
 

@@ -26,7 +26,7 @@ COLUMNS = (
     "test_error",  # from 0 to 1, at the first step of an epoch; at the end of the run it is in a line of its own
     "intrinsic_lr",  # η̃/‖w‖² over all trained weights, the same for all equivalent runs
     "log10_lr",  # of the paper's η̃, or of η where there is weight decay
-    "log10_P",
+    "log10_P",  # of the paper's P; 0 where there is weight decay
     "alpha",
     "halvings",  # texp.SGD stores weights divided by 2 to this power
 )
@@ -47,8 +47,8 @@ def steps_per_epoch(data: Data, setup: Setup) -> int:
 
 
 def train(name: str, way: Way, setup: Setup, seed: int, data: Data) -> Iterator[int]:
-    """Trains from the initialisation and the batches of `seed`, from the last checkpoint on if there is one; yields the
-    number of each step taken. There is a checkpoint at the end of every epoch.
+    """Trains from the initialisation and the batches of `seed`, or goes on from the checkpoint if there is one; yields
+    the number of each step taken. There is a checkpoint at the end of every epoch.
 
     Raises DifferentRunError where the checkpoint is of a run with other settings.
     """

@@ -14,7 +14,7 @@ from texp.theory import Hyperparameters, Scale
 class Growth(NamedTuple):
     """By how much the weights of one step exceed those of the SGD run that it stands for."""
 
-    log10_P: float
+    log10_P: float  # noqa: N815
     alpha: float
 
 
@@ -94,8 +94,8 @@ def texp(
     """torch.optim.SGD without weight decay, with the schedule TEXP: `milestones` are the setup's unless given, and
     without any it is EXP.
 
-    corrected: κ, the share of the weights that the momentum carries, jumps where TEXP's growth does. SGD's does not, and
-    starts at 0. In the buffer b = (v − κθ)/P the jump is made good, and the schedule becomes exact.
+    corrected: κ, the share of the weights that the momentum carries, jumps where TEXP's growth does. That of SGD does
+        not, and starts at 0. In the buffer b = (v − κθ)/P the jump is made good, and the schedule becomes exact.
     """
     milestones = setup.milestones if milestones is None else tuple(milestones)
     decay, momentum = setup.weight_decay, setup.momentum
