@@ -1,4 +1,4 @@
-# make demo | test | lint, each from nothing but Python: they set up a virtual environment first.
+# make demo | paper | test | lint, each from nothing but Python: they set up a virtual environment first.
 # VENV=… uses another one, which may exist already; TEXP_NATIVE and TEXP_CUDA as in setup.py.
 
 PYTHON ?= python3
@@ -16,10 +16,18 @@ endif
 # there is one core in the checkout: anything else sets up again, as does a change of what is installed.
 READY := .ready-$(TEXP_NATIVE)-$(TEXP_CUDA)-$(subst /,-,$(VENV))
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo paper test lint sanitize clean
 
 demo: $(READY)
 	$(BIN)/texp demo
+
+# The paper's experiments on digits: minutes on two cores. It goes on from checkpoints in build/paper; `rm -r build/paper`
+# starts again.
+PAPER_RESULTS := benchmarks/paper/results
+paper: $(READY)
+	$(BIN)/python -m benchmarks.paper all --out build/paper
+	mkdir -p $(PAPER_RESULTS)
+	cp build/paper/*.png build/paper/*.csv $(PAPER_RESULTS)
 
 test: $(READY)
 	$(BIN)/pytest

@@ -1,4 +1,4 @@
-"""Networks whose whole loss is scale-invariant: no norm has a trainable scale or bias, and the last layer is fixed."""
+"""Networks whose whole loss is scale-invariant: norms are not trainable, and the last layer is fixed."""
 
 import itertools
 

@@ -47,8 +47,9 @@ def steps_per_epoch(data: Data, setup: Setup) -> int:
 
 
 def train(name: str, way: Way, setup: Setup, seed: int, data: Data) -> Iterator[int]:
-    """Trains from the initialisation and the batches of `seed`, or goes on from the checkpoint if there is one; yields
-    the number of each step taken. There is a checkpoint at the end of every epoch.
+    """Trains from the initialisation and the batches of `seed`, or goes on from the checkpoint if there is one.
+
+    Yields the number of each step taken. There is a checkpoint at the end of every epoch.
 
     Raises DifferentRunError where the checkpoint is of a run with other settings.
     """

@@ -1,0 +1,332 @@
+"""The experiments of benchmarks/paper: how they train, read data and go on after an interruption. What they measure is
+asserted by `make paper`."""
+
+import csv
+import io
+import math
+import pickle
+import re
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+
+from benchmarks.paper import data, models, results, step_decay, toy, training, ways
+from benchmarks.paper.__main__ import EXPERIMENTS, run
+from benchmarks.paper.setup import CIFAR10, DIGITS, EPOCH
+from texp.demo import load_digits
+from texp.schedules import EXP, TEXP
+
+RECORDS = 6  # in each file of the small CIFAR-10
+
+
+def quiet_sgd(lr: float = DIGITS.lr) -> torch.optim.SGD:
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.zeros(2)
+    return torch.optim.SGD([p], lr, DIGITS.momentum)
+
+
+def scheduled(make, steps: int) -> list[float]:
+    optimizer = quiet_sgd()
+    scheduler = make(optimizer)
+    values = []
+    for _ in range(steps):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+class TestWays:
+    setup = DIGITS.shortened(30)
+
+    def test_the_lrs_are_those_of_torchs_schedulers(self):
+        milestones, steps = list(self.setup.milestones), self.setup.steps
+        assert milestones == [10, 20]
+        step = scheduled(lambda optimizer: MultiStepLR(optimizer, milestones, DIGITS.gamma), steps)
+        cosine = scheduled(lambda optimizer: CosineAnnealingLR(optimizer, steps), steps)
+        assert ways.step_decay(self.setup) == pytest.approx(step, rel=1e-12)
+        assert ways.cosine(self.setup) == pytest.approx(cosine, rel=1e-12)
+
+    @pytest.mark.parametrize("instant_decay", [True, False])
+    @pytest.mark.parametrize("taper", [True, False])
+    def test_texp_is_that_of_texp_schedules(self, instant_decay, taper):
+        switches = {"instant_decay": instant_decay, "taper": taper}
+        expected = scheduled(
+            lambda optimizer: TEXP(
+                optimizer, self.setup.milestones, DIGITS.gamma, weight_decay=DIGITS.weight_decay, **switches
+            ),
+            self.setup.steps,
+        )
+        assert ways.texp(self.setup, "", **switches).lrs == pytest.approx(expected, rel=1e-12)
+
+    def test_exp_is_that_of_texp_schedules(self):
+        expected = scheduled(lambda optimizer: EXP(optimizer, weight_decay=DIGITS.weight_decay), self.setup.steps)
+        assert ways.texp(self.setup, "", ()).lrs == pytest.approx(expected, rel=1e-12)
+
+    def test_growth_and_lr_belong_together(self):
+        """η̃_t = P_t·P_{t+1}·η_t, and P_{t+1} = P_t/α_t."""
+        etas = ways.step_decay(self.setup)
+        for way in (ways.texp(self.setup, ""), ways.translated(self.setup, etas, "")):
+            for eta, lr, growth in zip(etas, way.lrs, way.growth, strict=True):
+                assert lr == pytest.approx(eta * 10 ** (2 * growth.log10_P) / growth.alpha, rel=1e-12)
+
+
+class TestCheckpoints:
+    setup = DIGITS.shortened(20)  # of 11 steps an epoch
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def digits():
+        return data.load(DIGITS)
+
+    @pytest.mark.parametrize("name", ["step-sgd", "step-texp-corrected", "step-texp-sgd"])
+    def test_an_interrupted_run_has_the_same_bytes(self, tmp_path, digits, name):
+        """Interrupted twice: before its first checkpoint, and in the middle of the second epoch."""
+        way = step_decay.runs(self.setup)[name]
+        files = []
+        for folder, stops in (("whole", []), ("interrupted", [4, 15])):
+            setup = replace(self.setup, out=tmp_path / folder)
+            for stop in stops:
+                for t in training.train(name, way, setup, 0, digits):
+                    if t == stop:
+                        break
+            taken = list(training.train(name, way, setup, 0, digits))
+            assert taken == list(range(11 if stops else 0, 20))
+            files.append(training.path_of(name, setup, 0).read_bytes())
+            assert list(training.train(name, way, setup, 0, digits)) == []
+        assert files[0] == files[1]
+        lines = list(csv.DictReader(io.StringIO(files[0].decode())))
+        assert [line["step"] for line in lines] == [str(t) for t in range(21)]
+        assert [bool(line["test_error"]) for line in lines] == [t in (0, 11, 20) for t in range(21)]
+
+    def test_a_checkpoint_of_another_run_is_refused(self, tmp_path, digits):
+        setup = replace(self.setup, out=tmp_path, steps=2)
+        list(training.train("run", step_decay.sgd(setup), setup, 0, digits))
+        other = replace(setup, weight_decay=1e-3)
+        with pytest.raises(training.DifferentRunError, match="other settings: remove it, or give another --out"):
+            list(training.train("run", step_decay.sgd(other), other, 0, digits))
+
+    def test_what_is_written_at_every_step(self, tmp_path, digits):
+        """The functions are the same and so is the intrinsic LR, up to α; weights are those of SGD times P."""
+        setup, lines = replace(self.setup, out=tmp_path), {}
+        for name, way in step_decay.runs(setup).items():
+            list(training.train(name, way, setup, 0, digits))
+            with training.path_of(name, setup, 0).open() as file:
+                lines[name] = [line for line in csv.DictReader(file) if line["loss"]]
+        norms = [column for column in lines["step-sgd"][0] if column.startswith("norm ")]
+        assert len(norms) == 9
+        for name in ("step-texp-sgd", "step-texp-corrected"):
+            for line, sgd in zip(lines[name], lines["step-sgd"], strict=True):
+                P, alpha = 10 ** float(line["log10_P"]), float(line["alpha"])
+                assert float(line["loss"]) == pytest.approx(float(sgd["loss"]), rel=1e-9)
+                assert float(line["intrinsic_lr"]) * alpha == pytest.approx(float(sgd["intrinsic_lr"]), rel=1e-9)
+                assert float(line["log10_lr"]) == pytest.approx(
+                    float(sgd["log10_lr"]) + math.log10(P * P / alpha), abs=1e-9
+                )
+                for norm in norms:
+                    assert float(line[norm]) * 2 ** int(line["halvings"]) == pytest.approx(
+                        P * float(sgd[norm]), rel=1e-9
+                    )
+
+
+def batches(kind: str) -> dict[str, bytes]:
+    """The files of a small CIFAR-10, by name."""
+    generator = np.random.default_rng(0)
+    files = {}
+    for part in (*data.PARTS, "test_batch"):
+        images = generator.integers(0, 256, (RECORDS, data.PIXELS), dtype=np.uint8)
+        labels = generator.integers(0, 10, RECORDS, dtype=np.uint8)
+        if kind == "binary":
+            files[f"{part}.bin"] = np.hstack([labels[:, None], images]).tobytes()
+        else:
+            files[part] = pickle.dumps({b"data": images, b"labels": labels.tolist(), b"batch_label": b"one of six"}, protocol=2)
+    return files
+
+
+def archive(files: dict[str, bytes], kind: str, folder):
+    with tarfile.open(folder / f"cifar-10-{kind}.tar.gz", "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{data.KINDS[kind][0]}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def folder_of(files: dict[str, bytes], folder):
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+class TestCifar10:
+    @pytest.mark.parametrize("place", ["folder", "parent", "archive", "parent of the archive"])
+    @pytest.mark.parametrize("kind", data.KINDS)
+    def test_both_versions_wherever_they_are(self, tmp_path, kind, place):
+        if "archive" in place:
+            root = archive(batches(kind), kind, tmp_path)
+            root = root / f"cifar-10-{kind}.tar.gz" if place == "archive" else root
+        else:
+            root = folder_of(batches(kind), tmp_path / data.KINDS[kind][0])
+            root = root.parent if place == "parent" else root
+        loaded = data.load_cifar10(root, RECORDS)
+        assert loaded.train_x.shape == (5 * RECORDS, 3, 32, 32)
+        assert loaded.test_x.shape == (RECORDS, 3, 32, 32)
+        assert loaded.train_x.mean((0, 2, 3)).abs().max() < 1e-5
+        assert loaded.train_x.std((0, 2, 3)) == pytest.approx(torch.ones(3), abs=1e-5)
+        raw = np.frombuffer(batches("binary")["test_batch.bin"], np.uint8).reshape(RECORDS, -1)
+        assert loaded.test_y.tolist() == raw[:, 0].tolist()
+        # Standardised by channel with two numbers, which any two pixels give away.
+        pixels = torch.tensor(raw[:, 1:].reshape(RECORDS, 3, -1), dtype=torch.float32)
+        mine = loaded.test_x.flatten(2)
+        for c in range(3):
+            slope = (mine[0, c, 1] - mine[0, c, 0]) / (pixels[0, c, 1] - pixels[0, c, 0])
+            torch.testing.assert_close(mine[:, c] - mine[0, c, 0], (pixels[:, c] - pixels[0, c, 0]) * slope)
+
+    DAMAGES = {
+        "missing": ("binary", "data_batch_3.bin", None, "data_batch_3.bin of CIFAR-10 .binary.* cannot be read"),
+        "cut off": ("binary", "test_batch.bin", lambda x: x[:-7], r"has 18431 bytes: expected 18438, 6 records"),
+        "label": ("binary", "test_batch.bin", lambda x: b"\x0b" + x[1:], "labels that are not integers from 0 to 9"),
+        "missing, python": ("python", "data_batch_3", None, "data_batch_3 of CIFAR-10 .python.* cannot be read"),
+        "cut off, python": ("python", "data_batch_1", lambda x: x[:-7], "data_batch_1 is not a batch of CIFAR-10"),
+        "not a pickle": ("python", "data_batch_1", lambda _: b"<html>\n", "is not a batch of CIFAR-10"),
+        "no dict": ("python", "data_batch_1", lambda _: pickle.dumps([1, 2]), "a pickle of a dict with data and labels"),
+        "code": ("python", "data_batch_1", lambda _: pickle.dumps(print), "it asks for builtins.print"),
+        "shape": (
+            "python",
+            "data_batch_1",
+            lambda _: pickle.dumps({b"data": np.zeros((2, 3), np.uint8), b"labels": [1, 2]}, protocol=2),
+            r"images of shape \(2, 3\) .* expected \(6, 3072\)",
+        ),
+    }
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("case", DAMAGES)
+    def test_what_is_damaged_is_said_in_one_line(self, tmp_path, case, packed):
+        kind, name, damage, message = self.DAMAGES[case]
+        files = batches(kind)
+        content = files.pop(name)
+        if damage is not None:
+            files[name] = damage(content)
+        root = archive(files, kind, tmp_path) if packed else folder_of(files, tmp_path / "cifar")
+        with pytest.raises(data.DataError, match=message) as raised:
+            data.load_cifar10(root, RECORDS)
+        assert "\n" not in str(raised.value)
+        assert str(root) in str(raised.value)
+
+    def test_an_archive_that_is_cut_off(self, tmp_path):
+        path = archive(batches("binary"), "binary", tmp_path) / "cifar-10-binary.tar.gz"
+        path.write_bytes(path.read_bytes()[:30_000])
+        with pytest.raises(data.DataError, match="cannot be read"):
+            data.load_cifar10(path, RECORDS)
+
+    def test_crops_and_flips_are_of_the_image(self):
+        """Every image is its own with a margin of zeros, shifted, and flipped or not; the same for the same seed."""
+        x = torch.rand(64, 3, 32, 32) + 1
+        loaded = data.Data(x, x, x, x, crops=True)
+        batch = torch.arange(63, -1, -1)
+        made = loaded.augmented(batch, torch.Generator().manual_seed(0))
+        assert torch.equal(made, loaded.augmented(batch, torch.Generator().manual_seed(0)))
+        padded = torch.nn.functional.pad(x[batch], (4,) * 4)
+        shifts = set()
+        for image, margin in zip(made, padded, strict=True):
+            found = [
+                (dy, dx, flip)
+                for dy in range(9)
+                for dx in range(9)
+                for flip in (False, True)
+                if torch.equal(image.flip(2) if flip else image, margin[:, dy : dy + 32, dx : dx + 32])
+            ]
+            assert len(found) == 1
+            shifts.add(found[0])
+        assert len(shifts) > 30
+        assert {flip for _, _, flip in shifts} == {False, True}
+
+    def test_an_epoch_is_that_of_the_paper(self):
+        x = torch.empty(50_000)
+        assert training.steps_per_epoch(data.Data(x, x, x, x), CIFAR10) == EPOCH
+        assert training.steps_per_epoch(data.Data(*load_digits()), DIGITS) == 11
+
+    def test_a_run(self, tmp_path, monkeypatch, capsys):
+        """From the command line, with the paper's network; two steps."""
+        root = folder_of(batches("binary"), tmp_path / "cifar-10-batches-bin")
+        monkeypatch.setattr(data.load_cifar10, "__defaults__", (RECORDS,))
+        out = tmp_path / "out"
+        arguments = ["instant-decay", "--data", "cifar10", "--root", str(root), "--out", str(out), "--steps", "4"]
+        assert run([*arguments, "--jobs", "1"]) == 0
+        assert {path.name for path in out.iterdir()} == {"steps", "instant-decay.png", "checks.csv", "summary.csv"}
+        # The shapes are measured but not asserted.
+        assert "instant decay only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cifar10", [False, True])
+@pytest.mark.parametrize("name", models.MODELS)
+def test_the_whole_loss_of_a_model_is_scale_invariant(name, cifar10):
+    setup = replace(CIFAR10 if cifar10 else DIGITS, dtype=torch.float64)
+    model, size = models.make(name, setup, 0), (3, 32, 32) if cifar10 else (1, 8, 8)
+    x = torch.randn(4, *size, generator=torch.Generator().manual_seed(0)).double()
+    before = model(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p *= 2
+    assert torch.equal(model(x), before)
+    if name == "resnet" and cifar10:
+        # 31 convolutions and the head; the 1×1 ones of the shortcuts are not counted.
+        layers = [p for name, p in model.named_parameters() if "shortcut" not in name]
+        assert len(layers) == 32
+
+
+class TestCommand:
+    def test_one_experiment_with_two_seeds(self, tmp_path, capsys):
+        out = tmp_path / "out"
+        arguments = ["cosine", "--steps", "12", "--seeds", "2", "--out", str(out), "--jobs", "1"]
+        assert run(arguments) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("exponential form against SGD") == 2
+        assert (out / "cosine.png").read_bytes().startswith(b"\x89PNG")
+        checks = list(csv.DictReader((out / "checks.csv").read_text().splitlines()))
+        assert [(check["experiment"], check["seed"], check["holds"]) for check in checks] == [
+            ("cosine", seed, "True") for seed in "0011"
+        ]
+        summary = list(csv.DictReader((out / "summary.csv").read_text().splitlines()))
+        assert len(summary) == 3 * 2 * 2  # ways, seeds, epochs
+        before = {path: path.stat().st_mtime_ns for path in (out / "steps").iterdir()}
+        assert len(before) == 3 * 2 * 2  # ways, seeds, a CSV and its checkpoint
+        assert run(arguments) == 0
+
+    def test_all_in_two_processes(self, tmp_path, capsys):
+        assert run(["all", "--steps", "4", "--out", str(tmp_path), "--jobs", "2"]) == 0
+        assert {path.stem for path in tmp_path.glob("*.png")} == set(EXPERIMENTS)
+        assert all(name in capsys.readouterr().out for name in ["412"])  # of the toy example
+
+    def test_a_shape_that_does_not_hold(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(toy, "checks", lambda *_: [results.at_most("the loss", 2.0, 1.0)])
+        assert run(["toy", "--out", str(tmp_path)]) == 1
+        assert capsys.readouterr().err == "benchmarks.paper: 1 of 1 shapes do not hold: toy: the loss\n"
+
+    ERRORS = {
+        "no name": ([], 2, "Missing argument .name."),
+        "name": (["sine"], 2, "NAME must be among fixed, step-decay, .* and all, got sine"),
+        "data": (["toy", "--data", "mnist"], 2, "--data must be digits or cifar10, got mnist"),
+        "no root": (["toy", "--data", "cifar10"], 2, "--root DIR goes with --data cifar10"),
+        "root of digits": (["toy", "--root", "."], 2, "--root DIR goes with --data cifar10"),
+        "empty root": (["toy", "--data", "cifar10", "--root", "."], 1, "no CIFAR-10 in .: expected cifar-10-batches-bin/"),
+        "device": (["toy", "--device", "tpu"], 2, "--device must be cpu or cuda, got tpu"),
+        "seeds": (["toy", "--seeds", "0"], 2, "--seeds"),
+        "out": (["toy", "--out", "/dev/null/out"], 1, "/dev/null/out"),
+    }
+
+    @pytest.mark.parametrize("case", ERRORS)
+    def test_errors_are_one_line(self, case, capsys, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        arguments, code, message = self.ERRORS[case]
+        assert run(arguments) == code
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        assert captured.err.startswith("benchmarks.paper: ")
+        assert re.search(message, captured.err)
