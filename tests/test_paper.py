@@ -227,7 +227,7 @@ class TestCifar10:
     def test_crops_and_flips_are_of_the_image(self):
         """Every image is its own with a margin of zeros, shifted, and flipped or not; the same for the same seed."""
         x = torch.rand(64, 3, 32, 32) + 1
-        loaded = data.Data(x, x, x, x, crops=True)
+        loaded = data.Data(x, x, x, x, margin=4, flips=True)
         batch = torch.arange(63, -1, -1)
         made = loaded.augmented(batch, torch.Generator().manual_seed(0))
         assert torch.equal(made, loaded.augmented(batch, torch.Generator().manual_seed(0)))

@@ -16,7 +16,6 @@ from texp.demo import load_digits
 
 RECORDS = 10_000  # images in each file of CIFAR-10
 PIXELS = 3 * 32 * 32
-MARGIN = 4  # pixels, of the random crops
 
 PARTS = tuple(f"data_batch_{number}" for number in range(1, 6))
 KINDS = {  # of CIFAR-10: the folder in the archive, how its files end
@@ -36,27 +35,26 @@ class Data(NamedTuple):
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
-    crops: bool = False
+    margin: int = 0  # pixels that training images are shifted by, at most
+    flips: bool = False  # whether they are mirrored, half of the time
 
     def augmented(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Images of the training set by their numbers; with `crops`, shifted by up to 4 pixels and flipped."""
+        """Images of the training set by their numbers, shifted and mirrored at random."""
         x = self.train_x[batch]
-        if not self.crops:
-            return x
         n, channels, size, _ = x.shape
-        shifts = torch.randint(2 * MARGIN + 1, (2, n, 1), generator=generator)
-        flipped = torch.rand(n, 1, generator=generator) < 0.5
+        shifts = torch.randint(2 * self.margin + 1, (2, n, 1), generator=generator)
+        flipped = (torch.rand(n, 1, generator=generator) < 0.5) & self.flips
         pixels = torch.arange(size)
         rows = (shifts[0] + pixels)[:, None, :, None].to(x.device)
         columns = (shifts[1] + torch.where(flipped, size - 1 - pixels, pixels))[:, None, None, :].to(x.device)
         which = torch.arange(n, device=x.device)[:, None, None, None]
         channel = torch.arange(channels, device=x.device)[None, :, None, None]
-        return pad(x, (MARGIN,) * 4)[which, channel, rows, columns]
+        return pad(x, (self.margin,) * 4)[which, channel, rows, columns]
 
 
 def load(setup: Setup) -> Data:
     """The data of a setup, on its device and in its dtype. Raises DataError."""
-    data = Data(*load_digits()) if setup.data == "digits" else load_cifar10(setup.root)
+    data = Data(*load_digits(), margin=1) if setup.data == "digits" else load_cifar10(setup.root)
     x = [x.to(setup.device, setup.dtype) for x in (data.train_x, data.test_x)]
     y = [y.to(setup.device) for y in (data.train_y, data.test_y)]
     return data._replace(train_x=x[0], train_y=y[0], test_x=x[1], test_y=y[1])
@@ -86,7 +84,7 @@ def load_cifar10(root: Path, records: int = RECORDS) -> Data:
     labels = [torch.from_numpy(labels.astype(np.int64)) for _, labels in parts]
     train_x, test_x = torch.cat(images[:-1]), images[-1]
     mean, std = (f(train_x, dim=(0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
-    return Data((train_x - mean) / std, torch.cat(labels[:-1]), (test_x - mean) / std, labels[-1], crops=True)
+    return Data((train_x - mean) / std, torch.cat(labels[:-1]), (test_x - mean) / std, labels[-1], margin=4, flips=True)
 
 
 def _found(root: Path) -> tuple[str, str, Callable[[str], bytes]]:
