@@ -143,7 +143,9 @@ def batches(kind: str) -> dict[str, bytes]:
         if kind == "binary":
             files[f"{part}.bin"] = np.hstack([labels[:, None], images]).tobytes()
         else:
-            files[part] = pickle.dumps({b"data": images, b"labels": labels.tolist(), b"batch_label": b"one of six"}, protocol=2)
+            files[part] = pickle.dumps(
+                {b"data": images, b"labels": labels.tolist(), b"batch_label": b"one of six"}, protocol=2
+            )
     return files
 
 
@@ -194,7 +196,12 @@ class TestCifar10:
         "missing, python": ("python", "data_batch_3", None, "data_batch_3 of CIFAR-10 .python.* cannot be read"),
         "cut off, python": ("python", "data_batch_1", lambda x: x[:-7], "data_batch_1 is not a batch of CIFAR-10"),
         "not a pickle": ("python", "data_batch_1", lambda _: b"<html>\n", "is not a batch of CIFAR-10"),
-        "no dict": ("python", "data_batch_1", lambda _: pickle.dumps([1, 2]), "a pickle of a dict with data and labels"),
+        "no dict": (
+            "python",
+            "data_batch_1",
+            lambda _: pickle.dumps([1, 2]),
+            "a pickle of a dict with data and labels",
+        ),
         "code": ("python", "data_batch_1", lambda _: pickle.dumps(print), "it asks for builtins.print"),
         "shape": (
             "python",
@@ -315,7 +322,11 @@ class TestCommand:
         "data": (["toy", "--data", "mnist"], 2, "--data must be digits or cifar10, got mnist"),
         "no root": (["toy", "--data", "cifar10"], 2, "--root DIR goes with --data cifar10"),
         "root of digits": (["toy", "--root", "."], 2, "--root DIR goes with --data cifar10"),
-        "empty root": (["toy", "--data", "cifar10", "--root", "."], 1, "no CIFAR-10 in .: expected cifar-10-batches-bin/"),
+        "empty root": (
+            ["toy", "--data", "cifar10", "--root", "."],
+            1,
+            "no CIFAR-10 in .: expected cifar-10-batches-bin/",
+        ),
         "device": (["toy", "--device", "tpu"], 2, "--device must be cpu or cuda, got tpu"),
         "seeds": (["toy", "--seeds", "0"], 2, "--seeds"),
         "out": (["toy", "--out", "/dev/null/out"], 1, "/dev/null/out"),

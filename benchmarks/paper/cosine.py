@@ -1,7 +1,7 @@
 """A cosine schedule with weight decay, and its exponential form: the LR changes at every step, so that only the
 paper's recursion for general schedules will do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from benchmarks.paper import results, ways
 from benchmarks.paper.results import Check, Curve, at_most
@@ -20,7 +20,7 @@ def runs(setup: Setup) -> dict[str, ways.Way]:
     }
 
 
-def checks(curves: Mapping[str, Curve], setup: Setup) -> list[Check]:
+def checks(curves: Mapping[str, Sequence[Curve]], setup: Setup) -> list[Check]:
     sgd, translated, texp_sgd = curves.values()
     return [
         at_most("translated schedule against SGD, loss", results.largest_difference(translated, sgd), 1e-9),

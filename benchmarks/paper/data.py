@@ -84,7 +84,9 @@ def load_cifar10(root: Path, records: int = RECORDS) -> Data:
     labels = [torch.from_numpy(labels.astype(np.int64)) for _, labels in parts]
     train_x, test_x = torch.cat(images[:-1]), images[-1]
     mean, std = (f(train_x, dim=(0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
-    return Data((train_x - mean) / std, torch.cat(labels[:-1]), (test_x - mean) / std, labels[-1], margin=4, flips=True)
+    return Data(
+        (train_x - mean) / std, torch.cat(labels[:-1]), (test_x - mean) / std, labels[-1], margin=4, flips=True
+    )
 
 
 def _found(root: Path) -> tuple[str, str, Callable[[str], bytes]]:

@@ -1,6 +1,6 @@
 """The instant decay of TEXP alone, the LR growing as before: what it changes, passes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from benchmarks.paper import results, step_decay, ways
 from benchmarks.paper.results import WINDOW, Check, Curve, at_least
@@ -16,8 +16,8 @@ def runs(setup: Setup) -> dict[str, ways.Way]:
     }
 
 
-def checks(curves: Mapping[str, Curve], setup: Setup) -> list[Check]:
-    sgd, instant = curves.values()
+def checks(curves: Mapping[str, Sequence[Curve]], setup: Setup) -> list[Check]:
+    sgd, instant = map(results.average, curves.values())
     drop, end = [*setup.milestones, setup.steps][:2]
 
     def change(curve: Curve) -> float:

@@ -1,6 +1,6 @@
 """TEXP without its instant decay (the paper's TEXP−−): where the growth is slow, the network takes long to settle."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from benchmarks.paper import results, step_decay, ways
 from benchmarks.paper.results import Check, Curve, at_least
@@ -18,16 +18,11 @@ def runs(setup: Setup) -> dict[str, ways.Way]:
     }
 
 
-def checks(curves: Mapping[str, Curve], setup: Setup) -> list[Check]:
-    sgd, slow = curves.values()
-    return [
-        at_least(
-            f"loss over that of step decay − 1, in the first {SETTLING} steps of phase {phase}",
-            slow.mean_loss(start, start + SETTLING) / sgd.mean_loss(start, start + SETTLING) - 1,
-            0.02,
-        )
-        for phase, start in enumerate(setup.milestones, 1)
-    ]
+def checks(curves: Mapping[str, Sequence[Curve]], setup: Setup) -> list[Check]:
+    sgd, slow = map(results.average, curves.values())
+    start = setup.milestones[0]
+    excess = slow.mean_loss(start, start + SETTLING) / sgd.mean_loss(start, start + SETTLING) - 1
+    return [at_least(f"loss over that of step decay − 1, first {SETTLING} steps of the second phase", excess, 0.02)]
 
 
 draw = results.draw

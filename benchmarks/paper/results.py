@@ -63,9 +63,25 @@ def read(path: Path) -> Curve:
     return curve
 
 
-def largest_difference(a: Curve, b: Curve) -> float:
-    """Of the losses, at any step."""
-    return max(abs(x - y) for x, y in zip(a.loss, b.loss, strict=True))
+def average(curves: Sequence[Curve]) -> Curve:
+    """The mean over the seeds, without the test errors. One run differs from another by some percent, as much as the
+    shapes are about."""
+
+    def over_seeds(lists: Iterable[list[float]]) -> list[float]:
+        return [mean(values) for values in zip(*lists, strict=True)]
+
+    return Curve(
+        over_seeds(curve.loss for curve in curves),
+        over_seeds(curve.log10_lr for curve in curves),
+        over_seeds(curve.norm2_over_lr for curve in curves),
+        {},
+    )
+
+
+def largest_difference(a: Sequence[Curve], b: Sequence[Curve]) -> float:
+    """Of the losses of runs with the same seed, at any step."""
+    pairs = (zip(x.loss, y.loss, strict=True) for x, y in zip(a, b, strict=True))
+    return max(abs(x - y) for pair in pairs for x, y in pair)
 
 
 def averaged_difference(a: Curve, b: Curve) -> float:
@@ -95,14 +111,14 @@ def write_summary(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
                     writer.writerow([name, seed, step, *(f"{value:.6g}" for value in values)])
 
 
-def write_checks(checks: Iterable[tuple[str, int, Check]], path: Path) -> None:
-    """One line a check: experiment, seed, what is measured, its value, and from where to where it may be."""
+def write_checks(checks: Iterable[tuple[str, Check]], path: Path) -> None:
+    """One line a check: experiment, what is measured, its value, and from where to where it may be."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["experiment", "seed", "what", "value", "low", "high", "holds"])
-        for experiment, seed, check in checks:
+        writer.writerow(["experiment", "what", "value", "low", "high", "holds"])
+        for experiment, check in checks:
             row = [f"{value:.6g}" for value in (check.value, check.low, check.high)]
-            writer.writerow([experiment, seed, check.what, *row, check.holds])
+            writer.writerow([experiment, check.what, *row, check.holds])
 
 
 STYLES = (

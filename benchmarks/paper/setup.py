@@ -24,6 +24,7 @@ class Setup:
     out: Path = Path("build/paper")  # for every step of every run, checkpoints, figures and summaries
     root: Path | None = None  # where CIFAR-10 is
     device: str = "cpu"
+    seeds: int = 1  # that the shapes are averaged over
     is_asserted: bool = True  # the shapes that `checks` measure are known to hold for digits at full length
 
     def shortened(self, steps: int) -> "Setup":
@@ -42,6 +43,7 @@ DIGITS = Setup(
     steps=1500,
     batch_size=demo.BATCH_SIZE,
     dtype=torch.float64,
+    seeds=3,
 )
 
 EPOCH = 391  # steps: 50,000 images in batches of 128

@@ -48,7 +48,7 @@ def toys() -> dict[str, Toy]:
     }
 
 
-def checks(curves: Mapping[str, Curve], setup: Setup) -> list[Check]:
+def checks(curves: Mapping[str, Sequence[Curve]], setup: Setup) -> list[Check]:
     *alone, both = toys().items()
     return [
         *(at_most(f"{name}: last loss", toy.loss[-1], 1e-8) for name, toy in alone),

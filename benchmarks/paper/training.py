@@ -66,14 +66,15 @@ def train(name: str, way: Way, setup: Setup, seed: int, data: Data) -> Iterator[
         if not size:
             writer.writerow([*COLUMNS, *(f"norm {name}" for name in run.weights)])
         per_epoch = steps_per_epoch(data, setup)
-        while epoch * per_epoch < setup.steps:
+        steps = len(way.lrs)
+        while epoch * per_epoch < steps:
             first = epoch * per_epoch
-            for t, x, y in zip(range(first, min(first + per_epoch, setup.steps)), *run.batches(epoch), strict=False):
+            for t, x, y in zip(range(first, min(first + per_epoch, steps)), *run.batches(epoch), strict=False):
                 writer.writerow(run.step(t, x, y, run.test_error() if t == first else ""))
                 yield t
             epoch += 1
-            if epoch * per_epoch >= setup.steps:
-                writer.writerow([setup.steps, "", run.test_error()])
+            if epoch * per_epoch >= steps:
+                writer.writerow([steps, "", run.test_error()])
             file.flush()
             run.save(checkpoint, epoch, file.tell())
 
