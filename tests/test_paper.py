@@ -1,13 +1,19 @@
-"""The experiments of benchmarks/paper: how they train, read data and go on after an interruption. What they measure is
-asserted by `make paper`."""
+"""The experiments of benchmarks/paper: how they train, read data and go on after an interruption.
+
+What they measure is asserted by `make paper`."""
 
 import csv
 import io
 import math
 import pickle
 import re
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +26,7 @@ from benchmarks.paper.setup import CIFAR10, DIGITS, EPOCH
 from texp.demo import load_digits
 from texp.schedules import EXP, TEXP
 
+ROOT = Path(__file__).parent.parent
 RECORDS = 6  # in each file of the small CIFAR-10
 
 
@@ -294,22 +301,48 @@ class TestCommand:
         arguments = ["cosine", "--steps", "12", "--seeds", "2", "--out", str(out), "--jobs", "1"]
         assert run(arguments) == 0
         printed = capsys.readouterr().out
-        assert printed.count("exponential form against SGD") == 2
+        assert printed.count("exponential form against SGD") == 1
         assert (out / "cosine.png").read_bytes().startswith(b"\x89PNG")
         checks = list(csv.DictReader((out / "checks.csv").read_text().splitlines()))
-        assert [(check["experiment"], check["seed"], check["holds"]) for check in checks] == [
-            ("cosine", seed, "True") for seed in "0011"
-        ]
+        assert [(check["experiment"], check["holds"]) for check in checks] == [("cosine", "True")] * 2
         summary = list(csv.DictReader((out / "summary.csv").read_text().splitlines()))
         assert len(summary) == 3 * 2 * 2  # ways, seeds, epochs
         before = {path: path.stat().st_mtime_ns for path in (out / "steps").iterdir()}
         assert len(before) == 3 * 2 * 2  # ways, seeds, a CSV and its checkpoint
         assert run(arguments) == 0
 
-    def test_all_in_two_processes(self, tmp_path, capsys):
-        assert run(["all", "--steps", "4", "--out", str(tmp_path), "--jobs", "2"]) == 0
+    def test_all_as_a_module_in_two_processes(self, tmp_path):
+        command = [sys.executable, "-m", "benchmarks.paper", "all", "--steps", "4", "--seeds", "1", "--jobs", "2"]
+        done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
         assert {path.stem for path in tmp_path.glob("*.png")} == set(EXPERIMENTS)
-        assert all(name in capsys.readouterr().out for name in ["412"])  # of the toy example
+        assert "412" in done.stdout  # of the toy example
+
+    def test_an_interruption(self, tmp_path):
+        """As by Ctrl-C in a terminal, after the first checkpoint."""
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.paper",
+            "norms",
+            "--steps",
+            "1000",
+            "--seeds",
+            "1",
+            "--jobs",
+            "2",
+        ]
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 50
+        while not list(tmp_path.glob("steps/*.pt")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+        assert process.returncode == 130
+        assert error == "benchmarks.paper: interrupted: the same command goes on from the last checkpoints\n"
 
     def test_a_shape_that_does_not_hold(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(toy, "checks", lambda *_: [results.at_most("the loss", 2.0, 1.0)])

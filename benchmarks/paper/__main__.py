@@ -1,11 +1,9 @@
 """python -m benchmarks.paper NAME: one experiment of the paper, or all."""
 
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +12,12 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks.paper import cosine, data, fixed, instant_decay, no_instant_decay, norms, results, step_decay, toy
-from benchmarks.paper.setup import SETUPS, Setup
-from benchmarks.paper.training import DifferentRunError, path_of, train
-from benchmarks.paper.ways import Way
+from benchmarks.paper.pool import train_all
+from benchmarks.paper.setup import SETUPS
+from benchmarks.paper.training import DifferentRunError, path_of
 from texp.cli import EXTRA, UsageError
 
 EXPERIMENTS: dict[str, ModuleType] = {
@@ -102,7 +99,9 @@ def main(
     jobs = jobs or (1 if device == "cuda" else min(2, cores))
     # Tensors of digits are too small to share between threads.
     threads = 1 if data_name == "digits" else max(1, cores // jobs)
-    _train_all([(key, way, setup, seed, threads) for seed in range(seeds) for key, way in ways.items()], jobs)
+    train_all(
+        [(key, way, setup, seed, threads) for seed in range(seeds) for key, way in ways.items()], jobs, _console()
+    )
 
     curves = {key: [results.read(path_of(key, setup, seed)) for seed in range(seeds)] for key in ways}
     checks = []
@@ -119,40 +118,6 @@ def main(
     if missed and is_asserted:
         return _fail(1, f"{len(missed)} of {len(checks)} shapes do not hold: {'; '.join(missed)}")
     return 0
-
-
-def _train_all(tasks: list[tuple[str, Way, Setup, int, int]], jobs: int) -> None:
-    if not tasks:
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_console()) as progress:
-        bar = progress.add_task("runs", total=len(tasks))
-        if jobs == 1:
-            for task in tasks:
-                _train(*task)
-                progress.advance(bar)
-            return
-        # Not forked: torch's threads do not survive that.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context) as pool:
-            try:
-                for done in as_completed([pool.submit(_train, *task) for task in tasks]):
-                    done.result()
-                    progress.advance(bar)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def _train(key: str, way: Way, setup: Setup, seed: int, threads: int) -> None:
-    """Without a word: what it has to say is in its CSV."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for _ in train(key, way, setup, seed, data.load(setup)):
-            pass
-    finally:
-        torch.set_num_threads(before)
 
 
 def _print(checks: Iterable[tuple[str, results.Check]]) -> None:

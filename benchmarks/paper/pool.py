@@ -1,0 +1,53 @@
+"""Runs side by side: a network for digits is too small to share between cores."""
+
+import multiprocessing
+import signal
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.paper import data
+from benchmarks.paper.setup import Setup
+from benchmarks.paper.training import train
+from benchmarks.paper.ways import Way
+
+
+def train_all(tasks: list[tuple[str, Way, Setup, int, int]], jobs: int, console: Console) -> None:
+    """Trains `jobs` runs at a time; each is its name, way, setup and seed, and the threads that it may use."""
+    if not tasks:
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("runs", total=len(tasks))
+        if jobs == 1:
+            for task in tasks:
+                _train(*task)
+                progress.advance(bar)
+            return
+        # Not forked: torch's threads do not survive that. An interruption is for this process to see.
+        context = multiprocessing.get_context("spawn")
+        ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+        with ProcessPoolExecutor(jobs, context, **ignore) as pool:
+            try:
+                for done in as_completed([pool.submit(_train, *task) for task in tasks]):
+                    done.result()
+                    progress.advance(bar)
+            except BaseException:
+                # Runs go on from their checkpoints: there is nothing to wait for.
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _train(key: str, way: Way, setup: Setup, seed: int, threads: int) -> None:
+    """Without a word: what it has to say is in its CSV."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in train(key, way, setup, seed, data.load(setup)):
+            pass
+    finally:
+        torch.set_num_threads(before)
