@@ -30,6 +30,9 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "norms": norms,
 }
 
+INTERRUPTED = 130
+GOES_ON = "interrupted: the same command goes on from the last checkpoints"
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -37,7 +40,8 @@ def run(arguments: list[str] | None = None) -> int:
     """Runs experiments; returns the exit code: 2 for bad arguments, 1 where something is missing or a shape does not
     hold, each with one line on stderr."""
     try:
-        return app(arguments, prog_name="python -m benchmarks.paper", standalone_mode=False) or 0
+        code = app(arguments, prog_name="python -m benchmarks.paper", standalone_mode=False) or 0
+        return _fail(INTERRUPTED, GOES_ON) if code == INTERRUPTED else code  # typer's, for Ctrl-C
     except UsageError as error:
         return _fail(2, error.format_message() or "no experiment given")
     except ModuleNotFoundError as error:
@@ -47,7 +51,7 @@ def run(arguments: list[str] | None = None) -> int:
     except (OSError, data.DataError, DifferentRunError) as error:
         return _fail(1, str(error))
     except (typer.Abort, KeyboardInterrupt):
-        return _fail(130, "interrupted: the same command goes on from the last checkpoints")
+        return _fail(INTERRUPTED, GOES_ON)
 
 
 def _fail(code: int, message: str) -> int:

@@ -11,11 +11,11 @@ from texp.demo import PreActResNet
 
 
 class VGG(nn.Module):
-    """Convolutions, each with a norm and a ReLU: images (n, channels, size, size) to logits (n, 10). Each convolution is
+    """Convolutions, each with a norm and a ReLU: images (n, channels, size, size) to logits (n, 10). Each of them is
     scale-invariant by itself.
 
-    Before the last of them the image is halved until it has 4×4 pixels: in 2×2, some channel of an InstanceNorm is
-    always nearly constant, and dividing by its standard deviation magnifies rounding errors until nothing can be compared.
+    The last one sees 4×4 pixels. With 2×2, some channel before an InstanceNorm is always nearly constant, and dividing
+    by its standard deviation magnifies rounding errors until nothing can be compared.
 
     Args:
         norm: "gn" in groups of four channels, "ln" over all channels and pixels, "in" for each channel.

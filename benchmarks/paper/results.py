@@ -86,8 +86,8 @@ def largest_difference(a: Sequence[Curve], b: Sequence[Curve]) -> float:
 
 
 def averaged_difference(a: Curve, b: Curve, start: int = 0) -> float:
-    """The largest relative difference of a's loss from b's, both averaged over windows of 50 steps, side by side, from
-    the step `start` on."""
+    """The largest relative difference of a's loss from b's, both averaged over 50 steps at a time, from step `start`
+    on."""
     starts = range(start, len(b.loss), WINDOW)
     return max(abs(a.mean_loss(s, s + WINDOW) / b.mean_loss(s, s + WINDOW) - 1) for s in starts)
 

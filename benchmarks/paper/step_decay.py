@@ -10,8 +10,8 @@ from benchmarks.paper.setup import Setup
 TITLE = "step decay with weight decay = TEXP without"
 
 START = (
-    "while the loss still falls steeply, TEXP is ahead by some steps: its empty buffer stands for momentum that decays "
-    "the weights already"
+    "while the loss still falls steeply, TEXP is ahead by some steps: its empty buffer stands for momentum that "
+    "decays the weights already"
 )
 
 
