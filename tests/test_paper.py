@@ -306,7 +306,7 @@ class TestCommand:
         checks = list(csv.DictReader((out / "checks.csv").read_text().splitlines()))
         assert [(check["experiment"], check["holds"]) for check in checks] == [("cosine", "True")] * 2
         summary = list(csv.DictReader((out / "summary.csv").read_text().splitlines()))
-        assert len(summary) == 3 * 2 * 2  # ways, seeds, epochs
+        assert len(summary) == 3 * 2  # ways, epochs
         before = {path: path.stat().st_mtime_ns for path in (out / "steps").iterdir()}
         assert len(before) == 3 * 2 * 2  # ways, seeds, a CSV and its checkpoint
         assert run(arguments) == 0
@@ -321,18 +321,7 @@ class TestCommand:
 
     def test_an_interruption(self, tmp_path):
         """As by Ctrl-C in a terminal, after the first checkpoint."""
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.paper",
-            "norms",
-            "--steps",
-            "1000",
-            "--seeds",
-            "1",
-            "--jobs",
-            "2",
-        ]
+        command = [sys.executable, "-m", "benchmarks.paper", "norms", "--seeds", "1", "--jobs", "2"]
         process = subprocess.Popen(
             [*command, "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -343,6 +332,12 @@ class TestCommand:
         _, error = process.communicate()
         assert process.returncode == 130
         assert error == "benchmarks.paper: interrupted: the same command goes on from the last checkpoints\n"
+
+    def test_a_shape_that_is_known_not_to_hold(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(toy, "checks", lambda *_: [results.at_most("the loss", 2.0, 1.0, known="it is so")])
+        assert run(["toy", "--out", str(tmp_path)]) == 0
+        assert re.search(r"the loss .* known", capsys.readouterr().out)
+        assert (tmp_path / "checks.csv").read_text().endswith("the loss,2,-inf,1,False,it is so\n")
 
     def test_a_shape_that_does_not_hold(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(toy, "checks", lambda *_: [results.at_most("the loss", 2.0, 1.0)])

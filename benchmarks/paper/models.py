@@ -14,8 +14,8 @@ class VGG(nn.Module):
     """Convolutions, each with a norm and a ReLU: images (n, channels, size, size) to logits (n, 10). Each of them is
     scale-invariant by itself.
 
-    The last one sees 4×4 pixels. With 2×2, some channel before an InstanceNorm is always nearly constant, and dividing
-    by its standard deviation magnifies rounding errors until nothing can be compared.
+    The last one sees 4×4 pixels. With 2×2, some channel before an InstanceNorm is always nearly constant, and
+    dividing by its standard deviation magnifies rounding errors until nothing can be compared.
 
     Args:
         norm: "gn" in groups of four channels, "ln" over all channels and pixels, "in" for each channel.

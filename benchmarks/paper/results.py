@@ -92,25 +92,28 @@ def averaged_difference(a: Curve, b: Curve, start: int = 0) -> float:
     return max(abs(a.mean_loss(s, s + WINDOW) / b.mean_loss(s, s + WINDOW) - 1) for s in starts)
 
 
-def epochs(curve: Curve) -> list[tuple[int, float, float, float, float]]:
-    """One row an epoch: its first step, the mean loss, the test error before it, log10 of the LR and ‖w‖²/η̃ at its
-    first step."""
-    starts = sorted(curve.test_error)
+def epochs(curves: Sequence[Curve]) -> list[list[float]]:
+    """One row an epoch, the mean over the seeds: its first step, the mean loss, the test error before it, log10 of the
+    LR and ‖w‖²/η̃ at its first step."""
+    starts = sorted(curves[0].test_error)
     return [
-        (s, curve.mean_loss(s, end), curve.test_error[s], curve.log10_lr[s], curve.norm2_over_lr[s])
+        [s, *(mean(v) for v in zip(*(_epoch(c, s, end) for c in curves), strict=True))]
         for s, end in itertools.pairwise(starts)
     ]
 
 
+def _epoch(curve: Curve, start: int, end: int) -> tuple[float, float, float, float]:
+    return curve.mean_loss(start, end), curve.test_error[start], curve.log10_lr[start], curve.norm2_over_lr[start]
+
+
 def write_summary(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """One line an epoch and run, to six digits; curves: for each way of training, one a seed."""
+    """One line an epoch and way of training, to six digits; curves: for each way, one a seed."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["run", "seed", "step", "loss", "test_error", "log10_lr", "norm2_over_lr"])
+        writer.writerow(["run", "step", "loss", "test_error", "log10_lr", "norm2_over_lr"])
         for name, seeds in curves.items():
-            for seed, curve in enumerate(seeds):
-                for step, *values in epochs(curve):
-                    writer.writerow([name, seed, step, *(f"{value:.6g}" for value in values)])
+            for step, *values in epochs(seeds):
+                writer.writerow([name, step, *(f"{value:.6g}" for value in values)])
 
 
 def write_checks(checks: Iterable[tuple[str, Check]], path: Path) -> None:
@@ -138,10 +141,7 @@ def draw(title: str, labels: Mapping[str, str], curves: Mapping[str, Sequence[Cu
     plt = pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
     for (name, seeds), style in zip(curves.items(), STYLES, strict=False):
-        columns = [
-            [mean(values) for values in zip(*of_seeds, strict=True)]
-            for of_seeds in zip(*(zip(*epochs(curve), strict=True) for curve in seeds), strict=True)
-        ]
+        columns = list(zip(*epochs(seeds), strict=True))
         epoch = range(len(columns[0]))
         for panel, values in zip(axes, columns[1:], strict=True):
             panel.plot(epoch, values, **style, label=labels[name] if panel is axes[0] else None)
