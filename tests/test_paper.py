@@ -369,3 +369,15 @@ class TestCommand:
         assert captured.err.count("\n") == 1
         assert captured.err.startswith("benchmarks.paper: ")
         assert re.search(message, captured.err)
+
+
+def test_the_values_in_its_readme_are_those_that_were_measured():
+    """Also that there is a figure of every experiment, and that it is shown."""
+    folder = ROOT / "benchmarks" / "paper"
+    readme = (folder / "README.md").read_text()
+    for check in csv.DictReader((folder / "results" / "checks.csv").read_text().splitlines()):
+        assert f"| {check['experiment']} | {check['what']} | {float(check['value']):.4g} |" in readme
+        assert (check["holds"] == "True") == (check["known"] == "")
+    for name in EXPERIMENTS:
+        assert (folder / "results" / f"{name}.png").exists()
+        assert f"](results/{name}.png)" in readme

@@ -93,8 +93,8 @@ def averaged_difference(a: Curve, b: Curve, start: int = 0) -> float:
 
 
 def epochs(curves: Sequence[Curve]) -> list[list[float]]:
-    """One row an epoch, the mean over the seeds: its first step, the mean loss, the test error before it, log10 of the
-    LR and ‖w‖²/η̃ at its first step."""
+    """One row an epoch, the mean over the seeds: its first step, the mean loss, the test error before it, and at its
+    first step log10 of the LR and ‖w‖²/η̃."""
     starts = sorted(curves[0].test_error)
     return [
         [s, *(mean(v) for v in zip(*(_epoch(c, s, end) for c in curves), strict=True))]
