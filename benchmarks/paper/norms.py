@@ -3,6 +3,7 @@ GroupNorm, LayerNorm and InstanceNorm."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from benchmarks.paper import results, step_decay, ways
 from benchmarks.paper.results import Check, Curve, at_most
@@ -32,4 +33,10 @@ def checks(curves: Mapping[str, Sequence[Curve]], setup: Setup) -> list[Check]:
     ]
 
 
-draw = results.draw
+PAIRS = [
+    style
+    for wide, thin in (("0.75", "0.2"), ("#b8dfb8", "C2"), ("#f5c9a0", "C1"))
+    for style in ({"lw": 3.5, "color": wide}, {"lw": 1.3, "color": thin, "ls": "--"})
+]
+
+draw = partial(results.draw, styles=PAIRS)

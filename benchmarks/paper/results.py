@@ -131,16 +131,16 @@ STYLES = (
     {"lw": 1.3, "color": "C1"},
     {"lw": 1.3, "color": "C0", "ls": "--"},
     {"lw": 1.3, "color": "C2", "ls": ":"},
-    {"lw": 3.5, "color": "#b8dfb8"},
-    {"lw": 1.3, "color": "C3", "ls": "--"},
 )
 
 
-def draw(title: str, labels: Mapping[str, str], curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
+def draw(
+    title: str, labels: Mapping[str, str], curves: Mapping[str, Sequence[Curve]], path: Path, styles=STYLES
+) -> None:
     """Loss and test error, the LR and ‖w‖²/η̃ of every way of training against the epoch, the mean over the seeds."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
-    for (name, seeds), style in zip(curves.items(), STYLES, strict=False):
+    for (name, seeds), style in zip(curves.items(), styles, strict=False):
         columns = list(zip(*epochs(seeds), strict=True))
         epoch = range(len(columns[0]))
         for panel, values in zip(axes, columns[1:], strict=True):
