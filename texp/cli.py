@@ -188,8 +188,8 @@ def schedule(
 @app.command("audit")
 def audit_command(
     model: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="What makes the model, without arguments.")],
-    shapes: Annotated[list[str], typer.Option("--input", help="Shape of an input, as in 2x3x32x32; may be repeated.")],
-    below: Annotated[int | None, typer.Option("--int", min=1, help="Inputs are integers from 0 to below this.")] = None,
+    shapes: Annotated[list[str], typer.Option("--input", help="Shape of an input, as in 2x3x32x32; repeatable.")],
+    below: Annotated[int | None, typer.Option("--int", min=1, help="Inputs are integers from 0 to below it.")] = None,
     hold_bias_and_norm: Annotated[
         bool, typer.Option("--no-decay-on-bias-and-norm", help="Biases and norms get no decay, and are not scaled.")
     ] = False,
@@ -240,7 +240,7 @@ def _made_by(text: str) -> torch.nn.Module:
     try:
         made = operator.attrgetter(factory)(importlib.import_module(name))()
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise typer.BadParameter(f"no model could be made by {text}, which is to be module:factory: {error}") from None
+        raise typer.BadParameter(f"no model could be made by {text}, a module:factory: {error}") from None
     finally:
         sys.path.remove("")
     if not isinstance(made, torch.nn.Module):
