@@ -548,3 +548,21 @@ def test_deep_models_stay_near_their_starting_point():
     writers = ["stem", *(f"blocks.{i}.3" for i in range(24))]
     assert set(found.invariant) == {f"{name}.{kind}" for name in writers for kind in ("weight", "bias")}
     assert found.gap > 1e6
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+def test_a_large_eps_is_warned_of(eps):
+    """The set is that of the model without eps; how much eps spoils is said."""
+    torch.manual_seed(0)
+    model = Net()
+    model.bn.eps = eps
+    found = texp.audit(model, images())
+    assert "conv.weight" in found.invariant
+    assert (found.eps_deviation > 0.01) == (eps > 0.1)
+    warned = (
+        pytest.warns(UserWarning, match="eps of the model's norms is large")
+        if eps > 0.1
+        else contextlib.nullcontext()
+    )
+    with warned:
+        texp.param_groups(model, images())

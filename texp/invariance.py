@@ -25,6 +25,7 @@ from texp.probe import Probe, no_trace, untouched
 
 PATIENCE = 8  # the rank has settled when it did not grow for so many inputs
 FACTORS = (2.0, 0.5, 2.0**4, 2.0**10, 2.0**20)  # large ones, so that what clips far away clips
+LARGE_EPS = 0.01  # relative change of the output, when weights are doubled, that one is warned of
 TRIES = 4  # to confirm a set, with more rows each time
 
 PINNED = "moves the output, whatever is scaled with it"
@@ -164,7 +165,7 @@ def param_groups(
     Call it when the model is on its device and in its dtype: `norm_stats` are its own buffers. A bias without decay
     that nothing but a BatchNorm sees (as that of a convolution before it) gets no gradient and no group; its value
     stays what it is, in units of P, by standing among the `norm_stats`. Where nothing is scale-invariant, there is
-    no such group, and a warning says why.
+    no such group, and a warning says why; another one tells where eps is so large that it spoils the equality.
     """
     if isinstance(no_decay, str):
         if no_decay != "bias_and_norm":
@@ -192,6 +193,12 @@ def param_groups(
     if not found.invariant:
         warnings.warn(
             f"no parameters are scale-invariant, all groups are ordinary: {_why_empty(found)}", stacklevel=2
+        )
+    if found.eps_deviation > LARGE_EPS:
+        warnings.warn(
+            f"the eps of the model's norms is large: it moves outputs by {found.eps_deviation:.2g} (relative) when "
+            "the scale-invariant weights are doubled, so that training will differ from that of torch.optim.SGD",
+            stacklevel=2,
         )
     return [group for group in groups if group["params"]]
 
