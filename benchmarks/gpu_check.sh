@@ -95,8 +95,13 @@ if has typer rich; then
   "$python" -m texp info | tee -a "$log"
 fi
 
+# Of the long grids of runs a few; all of them, with `pytest -m gpu`, would take many minutes. No file that needs more
+# than torch, pytest and hypothesis.
+grids='test_the_whole_grid or test_outside_the_range or test_250_steps'
+few="not ($grids) or (cosine and 0.3 and not reference and not high and not fixed)"
 if has pytest hypothesis; then
-  stage "tests marked gpu" 120 "$python" -m pytest -q -p no:cacheprovider -m gpu
+  mapfile -t files < <(grep -LE 'texp[.]cli|import cli|test_package|from benchmarks|texp[.]param_groups' tests/test_*.py)
+  stage "tests marked gpu" 120 "$python" -m pytest -q -p no:cacheprovider -m gpu -k "$few" "${files[@]}"
 else
   missing "tests marked gpu" "they need pytest and hypothesis"
 fi
