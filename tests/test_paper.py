@@ -320,8 +320,11 @@ class TestCommand:
         assert "412" in done.stdout  # of the toy example
 
     def test_an_interruption(self, tmp_path):
-        """As by Ctrl-C in a terminal, after the first checkpoint."""
-        command = [sys.executable, "-m", "benchmarks.paper", "norms", "--seeds", "1", "--jobs", "2"]
+        """As by Ctrl-C in a terminal, after the first checkpoint; also where these tests run in the background, and
+        processes are started to ignore it."""
+        heeding = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        as_module = "runpy.run_module('benchmarks.paper', run_name='__main__', alter_sys=True)"
+        command = [sys.executable, "-c", f"{heeding}; {as_module}", "norms", "--seeds", "1", "--jobs", "2"]
         process = subprocess.Popen(
             [*command, "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
