@@ -135,7 +135,8 @@ class Launcher:
             tensors, rows: tables as texp.kernels.step says; `source` is the index of a tensor's row.
         """
         (on_device, on_device_rows), launches = self._tables_of(device).of(tensors, rows)
-        self._step(launches, on_device, on_device_rows.view(torch.float64), on_device_rows, on_device=False)
+        not_read = on_device_rows  # in place of found_inf
+        self._step(launches, on_device, on_device_rows.view(torch.float64), not_read, on_device=False)
 
     def step_on_device(
         self,
