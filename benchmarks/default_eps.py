@@ -29,13 +29,7 @@ def deviation(case: Case, **eps) -> tuple[float, int]:
     optimizers = [torch.optim.SGD(models[0].parameters(), **OPTIONS), texp.SGD(groups)]
     largest = 0.0
     for t in range(STEPS):
-        losses = []
-        for model, optimizer in zip(models, optimizers, strict=True):
-            optimizer.zero_grad()
-            loss = case.loss(model, t)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        losses = case.step(models, optimizers, t)
         largest = max(largest, abs(losses[1] / losses[0] - 1))
     return largest, groups[0]["scale_exponent"]
 

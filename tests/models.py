@@ -1,7 +1,7 @@
 """Small models of every kind that texp.audit must tell apart, from torch alone, with the parameters that are
 scale-invariant in each, worked out by hand. Images are (n, 3, 8, 8), tokens (n, 6) below 11."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -31,6 +31,19 @@ def vgg(bias: bool = False, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, a
         conv(3, 8, bias=bias), norm(8), act(), conv(8, 8, bias=bias), norm(8), act(), nn.MaxPool2d(2),
         conv(8, 12, bias=bias), norm(12), act(), nn.Dropout(0.3), Head(12),
     )  # fmt: skip
+
+
+class Wrapped(nn.Module):
+    """`how` turns the VGG and the input into an output, or into something else."""
+
+    def __init__(self, how: Callable, **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.model, self.how = vgg(), how
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args) -> object:
+        return self.how(self, *args)
 
 
 class BasicBlock(nn.Module):
@@ -269,6 +282,17 @@ class Case:
         x = torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float64)
         return x, x.mean((2, 3)).argmax(1)
 
+    def step(self, models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], t: int) -> list[float]:
+        """Trains each model on batch t; returns the losses."""
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = self.loss(model, t)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
     def loss(self, model: nn.Module, t: int) -> Tensor:
         device = next(model.parameters()).device
         x, y = (tensor.to(device) for tensor in self.batch(t))
@@ -339,3 +363,8 @@ CASES = {
     ),
     "no norm": Case(mlp, ("*",), held=("*",)),
 }
+
+
+def example(n: int = 4) -> Tensor:
+    """Images for any of them; in float32."""
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
