@@ -336,16 +336,13 @@ class TestCommand:
         assert process.returncode == 130
         assert error == "benchmarks.paper: interrupted: the same command goes on from the last checkpoints\n"
 
-    def test_a_shape_that_is_known_not_to_hold(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(toy, "checks", lambda *_: [results.at_most("the loss", 2.0, 1.0, known="it is so")])
-        assert run(["toy", "--out", str(tmp_path)]) == 0
-        assert re.search(r"the loss .* known", capsys.readouterr().out)
-        assert (tmp_path / "checks.csv").read_text().endswith("the loss,2,-inf,1,False,it is so\n")
-
     def test_a_shape_that_does_not_hold(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(toy, "checks", lambda *_: [results.at_most("the loss", 2.0, 1.0)])
         assert run(["toy", "--out", str(tmp_path)]) == 1
-        assert capsys.readouterr().err == "benchmarks.paper: 1 of 1 shapes do not hold: toy: the loss\n"
+        captured = capsys.readouterr()
+        assert captured.err == "benchmarks.paper: 1 of 1 shapes do not hold: toy: the loss\n"
+        assert re.search(r"the loss .* NO", captured.out)
+        assert (tmp_path / "checks.csv").read_text().endswith("the loss,2,-inf,1,False\n")
 
     ERRORS = {
         "no name": ([], 2, "Missing argument .name."),
@@ -380,7 +377,7 @@ def test_the_values_in_its_readme_are_those_that_were_measured():
     readme = (folder / "README.md").read_text()
     for check in csv.DictReader((folder / "results" / "checks.csv").read_text().splitlines()):
         assert f"| {check['experiment']} | {check['what']} | {float(check['value']):.4g} |" in readme
-        assert (check["holds"] == "True") == (check["known"] == "")
+        assert check["holds"] == "True"
     for name in EXPERIMENTS:
         assert (folder / "results" / f"{name}.png").exists()
         assert f"](results/{name}.png)" in readme

@@ -30,15 +30,14 @@ class Check(NamedTuple):
     value: float
     low: float
     high: float
-    known: str = ""  # why it is known not to hold, if it is; it is then reported but does not fail
 
     @property
     def holds(self) -> bool:
         return self.low <= self.value <= self.high
 
 
-def at_most(what: str, value: float, limit: float, known: str = "") -> Check:
-    return Check(what, value, -math.inf, limit, known)
+def at_most(what: str, value: float, limit: float) -> Check:
+    return Check(what, value, -math.inf, limit)
 
 
 def at_least(what: str, value: float, limit: float) -> Check:
@@ -85,10 +84,9 @@ def largest_difference(a: Sequence[Curve], b: Sequence[Curve]) -> float:
     return max(abs(x - y) for pair in pairs for x, y in pair)
 
 
-def averaged_difference(a: Curve, b: Curve, start: int = 0) -> float:
-    """The largest relative difference of a's loss from b's, both averaged over 50 steps at a time, from step `start`
-    on."""
-    starts = range(start, len(b.loss), WINDOW)
+def averaged_difference(a: Curve, b: Curve) -> float:
+    """The largest relative difference of a's loss from b's, both averaged over 50 steps at a time."""
+    starts = range(0, len(b.loss), WINDOW)
     return max(abs(a.mean_loss(s, s + WINDOW) / b.mean_loss(s, s + WINDOW) - 1) for s in starts)
 
 
@@ -120,10 +118,10 @@ def write_checks(checks: Iterable[tuple[str, Check]], path: Path) -> None:
     """One line a check: experiment, what is measured, its value, and from where to where it may be."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["experiment", "what", "value", "low", "high", "holds", "known"])
+        writer.writerow(["experiment", "what", "value", "low", "high", "holds"])
         for experiment, check in checks:
             row = [f"{value:.6g}" for value in (check.value, check.low, check.high)]
-            writer.writerow([experiment, check.what, *row, check.holds, check.known])
+            writer.writerow([experiment, check.what, *row, check.holds])
 
 
 STYLES = (
