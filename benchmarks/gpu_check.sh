@@ -100,7 +100,7 @@ fi
 grids='test_the_whole_grid or test_outside_the_range or test_250_steps'
 few="not ($grids) or (cosine and 0.3 and not reference and not high and not fixed)"
 if has pytest hypothesis; then
-  mapfile -t files < <(grep -LE 'texp[.]cli|import cli|test_package|from benchmarks|texp[.]param_groups' tests/test_*.py)
+  mapfile -t files < <(grep -LE 'texp[.]cli|import cli|test_package|from benchmarks|texp[.](param_groups|audit)' tests/test_*.py)
   stage "tests marked gpu" 120 "$python" -m pytest -q -p no:cacheprovider -m gpu -k "$few" "${files[@]}"
 else
   missing "tests marked gpu" "they need pytest and hypothesis"

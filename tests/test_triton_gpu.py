@@ -1,4 +1,5 @@
-"""The Triton backend on a GPU: the numbers of the CPU, its launches, GradScaler, graphs, streams."""
+"""The Triton backend on a GPU: the numbers of the CPU, its launches, GradScaler, graphs; what any kernel must do is
+in test_gpu.py."""
 
 import copy
 import math
@@ -8,14 +9,13 @@ import torch
 from torch import nn
 
 import texp
-from tests.conftest import INTERPRETED, relative_error, same_bits
-from tests.test_cuda import ARGUMENTS, set_grads, twins
+from tests.conftest import relative_error, same_bits
+from tests.gpu import ARGUMENTS, LAYOUTS, needs, set_grads, static_grads, twins
 from texp import groups, theory
 from texp.plan import buf_of
 from texp.theory import Row
 
-REASON = "TRITON_INTERPRET=1 runs kernels on the CPU" if INTERPRETED else texp.backends.available()["triton"]
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON != "ok", reason=f"backend triton: {REASON}")]
+pytestmark = needs("triton")
 
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -150,14 +150,6 @@ def test_buffers_may_be_wider(dtype):
         pair.step()
 
 
-LAYOUTS = {
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "with gaps": lambda x: torch.stack((x, x + 9), -1)[..., 0],
-    "misaligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
-}
-
-
 @pytest.mark.parametrize("g_layout", LAYOUTS)
 @pytest.mark.parametrize("p_layout", LAYOUTS)
 def test_layouts(p_layout, g_layout):
@@ -255,36 +247,6 @@ def test_a_scaler_skips_steps_without_the_host(name):
         else:
             pair.cpu.grad_scale, pair.cpu.found_inf = torch.tensor(4.0), torch.tensor(0.0)
             pair.step(lambda mode=mode: take(False, mode))
-
-
-def test_grad_scaler():
-    torch.manual_seed(0)
-    model = nn.Linear(8, 4, device=DEVICE)
-    twin = copy.deepcopy(model)
-    runs = []
-    for net, made in (
-        (model, texp.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, backend="triton")),
-        (twin, torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)),
-    ):
-        scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10, growth_interval=3)
-        for t in range(10):
-            generator = torch.Generator().manual_seed(t)
-            loss = net(torch.randn(16, 8, generator=generator).to(DEVICE)).square().mean()
-            made.zero_grad()
-            scaler.scale(loss * (torch.inf if t in (0, 4) else 1.0)).backward()
-            scaler.step(made)
-            scaler.update()
-        runs.append((scaler.get_scale(), net))
-    assert runs[0][0] == runs[1][0]
-    for p, q in zip(runs[0][1].parameters(), runs[1][1].parameters(), strict=True):
-        assert relative_error(p, q) < 1e-6
-
-
-def static_grads(on_gpu: list, grads: list) -> None:
-    """Puts gradients where a graph reads them."""
-    for q, fixed in zip(on_gpu, grads, strict=True):
-        fixed.copy_(q.grad)
-        q.grad = fixed
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -430,22 +392,6 @@ def test_a_schedule_compiles_nothing_again(monkeypatch, scaled):
             assert sorted(compiled) == ["advance"] * scaled + ["step"]
     assert len(compiled) == 1 + scaled
     assert optimizer.param_groups[0]["lr"] < 1e-6
-
-
-def test_streams():
-    """The step runs on the stream that is current; the one before it has compiled the kernel."""
-    p = nn.Parameter(torch.zeros(1000, device=DEVICE))
-    p.grad = torch.zeros_like(p)
-    optimizer = make(p, "triton", lr=1.0)
-    optimizer.step()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # cycles; a step that did not wait would read a gradient of 0
-        p.grad.fill_(1.0)
-        optimizer.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    assert (p == -1).all()
 
 
 def test_tensors_on_the_cpu_are_refused():
