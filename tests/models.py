@@ -251,6 +251,7 @@ class Case:
     held: tuple[str, ...] = ()  # weights that are not, either, where biases and norms must not be scaled
     tokens: bool = False
     without_effect: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()  # of these, those without any gradient
 
     def invariant(self, model: nn.Module, no_decay: bool) -> set[str]:
         def some(patterns: tuple[str, ...]) -> set[str]:
@@ -359,7 +360,11 @@ CASES = {
     ),
     "used twice": Case(UsedTwice, ("shared.*", "bn3.*", "head.*"), held=("shared.*", "head.*")),
     "unused": Case(
-        Unused, scaled=("conv.*",), held=("forgotten.*", "head.*"), without_effect=("forgotten.*", "shift")
+        Unused,
+        scaled=("conv.*",),
+        held=("forgotten.*", "head.*"),
+        without_effect=("forgotten.*", "shift"),
+        unreached=("forgotten.*",),
     ),
     "no norm": Case(mlp, ("*",), held=("*",)),
 }

@@ -70,6 +70,21 @@ class Net(nn.Module):
         return self.then(self.head(torch.relu(self.bn(self.conv(x))).mean((2, 3))))
 
 
+class Routed(nn.Module):
+    """A residual stream with an expert that is taken when `taken` says so."""
+
+    def __init__(self, expert: nn.Module, taken) -> None:
+        super().__init__()
+        self.stem, self.expert, self.norm, self.head = nn.Linear(6, 6), expert, nn.LayerNorm(6), nn.Linear(6, 3)
+        self.taken = taken
+
+    def forward(self, x):
+        stream = self.stem(x)
+        if self.taken(x):
+            stream = stream + self.expert(x)
+        return self.head(self.norm(stream))
+
+
 class TestWhatLooksInvariant:
     """But is not, or not always."""
 
@@ -109,6 +124,33 @@ class TestWhatLooksInvariant:
         found = texp.audit(Skipping(), torch.randn(5, 6), seed=seed)
         assert found.without_effect == []
         assert found.invariant == []
+
+    def test_a_branch_that_no_input_takes(self):
+        """As an expert that nothing is routed to: it writes to the residual stream, but is not in the set."""
+        model = Routed(nn.Linear(6, 6), lambda x: (x > 1e3).any())
+        found = texp.audit(model, torch.randn(5, 6))
+        assert found.unreached == found.without_effect == ["expert.weight", "expert.bias"]
+        assert {found.reasons[name] for name in found.unreached} == {"reached by no input that was tried"}
+        assert "(if others do, this may be wrong): expert.weight, expert.bias" in str(found)
+        with pytest.warns(UserWarning, match=r"no input that was tried reaches 2 parameters \(expert\.weight, "):
+            texp.param_groups(model, torch.randn(5, 6))
+        texp.param_groups(model.requires_grad_(True), torch.full((5, 6), 1e4))
+        model.expert.requires_grad_(False)
+        texp.param_groups(model, torch.randn(5, 6))
+
+    def test_a_branch_that_few_inputs_take(self):
+        """Where too few rows see it to say what of it must be scaled, more are tried, and at last it is said what
+        lacks."""
+
+        def audit(share):
+            expert = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
+            return texp.audit(Routed(expert, lambda x: torch.rand(()) < share), torch.randn(5, 6), seed=8)
+
+        assert audit(0.03).invariant == ["stem.weight", "stem.bias", "expert.2.weight", "expert.2.bias"]
+        with pytest.raises(
+            texp.AuditError, match=r"not clear.* Only \d of \d+ rows see expert\..*: a larger example"
+        ):
+            audit(0.02)
 
     def test_an_example_of_ones(self):
         """A BatchNorm of a constant is noise; inputs are drawn for the first row, too."""

@@ -25,8 +25,8 @@ def test_the_set(name, no_decay):
     assert set(found.invariant) == case.invariant(model, no_decay is not None)
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert sorted(found.invariant + found.rest) == sorted(trainable)
-    expected = [n for n in trainable if any(fnmatch(n, x) for x in case.without_effect)]
-    assert found.without_effect == expected
+    for expected, names in ((case.without_effect, found.without_effect), (case.unreached, found.unreached)):
+        assert names == [n for n in trainable if any(fnmatch(n, x) for x in expected)]
     assert sorted(itertools.chain(*found.sets)) == sorted(found.invariant)
     assert found.gap > 1e6
     assert found.deviation < 1e-12

@@ -36,7 +36,11 @@ class Equations:
     def count(self) -> int:
         return len(self.rows)
 
-    def effects(self) -> tuple[list[bool], list[bool]]:
+    def reached(self) -> list[int]:
+        """For each parameter, how many rows have a gradient of it."""
+        return torch.stack([row.sizes > 0 for row in self.rows]).sum(0).tolist()
+
+    def effects(self) -> tuple[Tensor, Tensor]:
         """For each parameter, whether outputs depend on it, and whether running statistics do."""
         found = []
         for of_output in (True, False):

@@ -26,7 +26,7 @@ from texp.probe import Probe, no_trace, untouched
 PATIENCE = 8  # the rank has settled when it did not grow for so many inputs
 FACTORS = (2.0, 0.5, 2.0**4, 2.0**10, 2.0**20)  # large ones, so that what clips far away clips
 LARGE_EPS = 0.01  # relative change of the output, when weights are doubled, that one is warned of
-TRIES = 4  # to confirm a set, with more rows each time
+TRIES = 4  # to solve the equations and confirm the set, with more rows each time
 
 PINNED = "moves the output, whatever is scaled with it"
 OPPOSED = "only while another shrinks"
@@ -34,6 +34,7 @@ NEEDS_HELD = "only with some that no_decay holds out"
 SMALLER = "only at the cost of a larger set"
 HELD = "held out by no_decay"
 NO_EFFECT = "no effect on the output"
+UNREACHED = "reached by no input that was tried"
 FOLLOWS = "no effect, no decay: scaled like the running statistics"
 
 
@@ -46,6 +47,7 @@ class Audit:
     rest: list[str]  # trainable, but not in S
     frozen: list[str]  # requires_grad is False: never scaled
     without_effect: list[str]  # trainable, in S or not: the output does not depend on them
+    unreached: list[str]  # of these, those without any gradient: no input that was tried gets there
     reasons: dict[str, str]  # why not, for each of `rest`
     sizes: dict[str, int]  # numbers in each parameter
     modules: dict[str, str]  # the class of the module that holds it
@@ -82,6 +84,10 @@ class Audit:
             lines.append(f"frozen, never scaled: {', '.join(self.frozen)}")
         if unseen := [n for n in self.without_effect if n in self.invariant]:
             lines.append(f"scaled, but seen by running statistics alone: {', '.join(unseen)}")
+        if self.unreached:
+            lines.append(
+                f"reached by no input that was tried (if others do, this may be wrong): {', '.join(self.unreached)}"
+            )
         lines += [
             f"rank {self.rank} of {self.rows} rows, singular gap {self.gap:.1e}",
             f"scaled by up to {FACTORS[-1]:.0e}, the output moves by {self.deviation:.1e} (relative); by 2, with the "
@@ -165,7 +171,8 @@ def param_groups(
     Call it when the model is on its device and in its dtype: `norm_stats` are its own buffers. A bias without decay
     that nothing but a BatchNorm sees (as that of a convolution before it) gets no gradient and no group; its value
     stays what it is, in units of P, by standing among the `norm_stats`. Where nothing is scale-invariant, there is
-    no such group, and a warning says why; another one tells where eps is so large that it spoils the equality.
+    no such group, and a warning says why; others tell where eps is so large that it spoils the equality, and where
+    no input that was tried reaches some parameters.
     """
     if isinstance(no_decay, str):
         if no_decay != "bias_and_norm":
@@ -193,6 +200,13 @@ def param_groups(
     if not found.invariant:
         warnings.warn(
             f"no parameters are scale-invariant, all groups are ordinary: {_why_empty(found)}", stacklevel=2
+        )
+    if found.invariant and found.unreached:
+        warnings.warn(
+            f"no input that was tried reaches {len(found.unreached)} parameters ({found.unreached[0]}, …). If others "
+            "do, as with experts, what is scale-invariant may not be so for them: give an example large enough to "
+            "reach all parameters, and requires_grad = False to those that are never used",
+            stacklevel=2,
         )
     if found.eps_deviation > LARGE_EPS:
         warnings.warn(
@@ -223,12 +237,23 @@ def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
         _collect(equations, probe, max_rows, progress)
         try:
             return _solved(model, probe, equations, hold)
-        except UnconfirmedError as error:
-            if tries_left == 0:
-                raise
-            # Activations that clip, as ReLU6 does, look invariant where they do not: here is more to be learned.
-            probe.rescale(error.powers, error.c)
+        except AuditError as error:
+            # Otherwise more rows may tell, of a branch that few inputs reach, say.
+            if tries_left == 0 or (max_rows is not None and equations.count >= max_rows):
+                raise AuditError(f"{error}{_seldom(probe, equations)}") from error
+            if isinstance(error, UnconfirmedError):
+                # Activations that clip, as ReLU6 does, look invariant where they do not: here is more to be learned.
+                probe.rescale(error.powers, error.c)
     raise AssertionError("TRIES is at least 1")
+
+
+def _seldom(probe: Probe, equations: Equations) -> str:
+    """What to do about parameters that only some of the inputs reach."""
+    rows = [(rows, name) for rows, name in zip(equations.reached(), probe.params, strict=True) if rows]
+    fewest, name = min(rows)
+    if fewest >= PATIENCE:
+        return ""
+    return f". Only {fewest} of {equations.count} rows see {name}: a larger example would tell more, if it reaches it"
 
 
 class UnconfirmedError(AuditError):
@@ -243,6 +268,7 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
     """The answer that the equations give, confirmed."""
     names, norms = list(probe.params), list(probe.norms.values())
     effect, seen = equations.effects()
+    reached = equations.reached()
     if not effect.any():
         raise ValueError("the output depends on none of the trainable parameters")
     params = dict(model.named_parameters())
@@ -269,14 +295,19 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
         if name in powers and name not in invariant:
             reasons[name] = FOLLOWS
         elif name not in invariant:
-            seen_at_all = effect[i] or seen[i]
-            reasons[name] = HELD if held[i] else _why_not(i, reduced, bounds) if seen_at_all else NO_EFFECT
+            reasons[name] = (
+                UNREACHED if not reached[i]
+                else HELD if held[i]
+                else NO_EFFECT if not (effect[i] or seen[i])
+                else _why_not(i, reduced, bounds)
+            )  # fmt: skip
     return Audit(
         invariant=invariant,
         sets=[[names[i] for i in part] for part in parts(reduced, chosen, follows)],
         rest=[name for name in names if name not in invariant],
         frozen=[name for name, p in params.items() if not p.requires_grad],
         without_effect=[name for name, e in zip(names, effect, strict=True) if not e],
+        unreached=[name for name, r in zip(names, reached, strict=True) if not r],
         reasons=reasons,
         sizes={name: p.numel() for name, p in params.items()},
         modules={name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in params},
