@@ -27,7 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.large_batch_training import AMP, GROUPS, Training, device_of, rank, world
-from texp import backends, cli
+from texp import backends
+from texp.command import EXTRA, UsageError, check_writable, make_console
 from texp.demo import load_digits
 
 CHOICES = {
@@ -171,14 +172,14 @@ def sweep(options: Options) -> list[dict[str, Any]]:
     """Trains with each batch size in turn, from the checkpoint on. Returns the rows of the CSV, one an epoch."""
     chief = rank() == 0  # who reports and saves
     if chief:
-        cli._check_writable(options.csv)
-        cli._check_writable(options.checkpoint)
+        check_writable(options.csv)
+        check_writable(options.checkpoint)
     data = load_digits()
     if max(options.batch_sizes) > len(data.train_x):
         _refuse(f"--batch-size must be at most {len(data.train_x)}, got {max(options.batch_sizes)}")
     if options.tensorboard is not None:
         from torch.utils.tensorboard import SummaryWriter
-    console = cli._console()
+    console = make_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with _processes(options), Progress(*columns, console=console, disable=not chief) as progress:
         saved = load_checkpoint(options.checkpoint, options)
@@ -253,7 +254,7 @@ def report(options: Options, rows: list[dict[str, Any]]) -> None:
             f"batch {size}: {options.optimizer}'s optimizer step takes {optimizer_ms:.3f} ms of {step_ms:.2f} ms, "
             f"{share:.2%} of a training step"
         )
-    cli._console().print(table)
+    make_console().print(table)
     print(*shares, sep="\n")
     if options.csv is not None:
         with options.csv.open("w", newline="") as file:
@@ -270,10 +271,10 @@ def run(arguments: list[str] | None = None) -> int:
         if isinstance(options, Options):  # and not what --help returns
             sweep(options)
         return 0
-    except cli.UsageError as error:
+    except UsageError as error:
         return _fail(2, error.format_message())
     except ModuleNotFoundError as error:
-        library = {**cli.EXTRA, "tensorboard": "tensorboard"}.get((error.name or "").split(".")[0])
+        library = {**EXTRA, "tensorboard": "tensorboard"}.get((error.name or "").split(".")[0])
         if library is None:
             raise
         extra = "tensorboard" if library == "tensorboard" else "demo"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from texp.cli import run
 
@@ -138,7 +139,7 @@ def test_the_schedule_of_the_paper(tmp_path, capsys):
 def test_the_schedule_fits_the_terminal(width, monkeypatch, capsys):
     from texp import cli
 
-    monkeypatch.setattr(cli, "_console", lambda: cli.Console(width=width))
+    monkeypatch.setattr(cli, "make_console", lambda: Console(width=width))
     assert run(PAPER) == 0
     out = capsys.readouterr().out
     for figure in ("0.99949773", "0.99999500", "1.00100530", "12.6497", "11.3974"):
@@ -151,12 +152,10 @@ def test_a_long_schedule_without_every_step(capsys):
 
 
 def test_an_output_that_breaks_off(monkeypatch, capsys):
-    from texp import cli
-
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(cli.Console, "print", full)
+    monkeypatch.setattr(Console, "print", full)
     assert run(PAPER) == 1
     assert capsys.readouterr().err == "texp: No space left on device\n"
 

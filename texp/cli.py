@@ -14,11 +14,11 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from texp import __version__, backends, bench, demo, invariance, records, theory
+from texp.command import EXTRA, UsageError, check_writable, make_console
 
 app = typer.Typer(
     name="texp",
@@ -28,15 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# What typer raises for bad arguments: click's own class, or that of the copy which newer versions bring along.
-UsageError = typer.BadParameter.__base__
-
-FIGURES = (".png", ".pdf", ".svg")
-
 MOST_STEPS = 10_000_000  # that a CSV or a figure of a schedule may have
-
-# Libraries of the extra "demo", by the names of their modules.
-EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "scipy": "scipy"}
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -74,9 +66,9 @@ def demo_command(
 ) -> None:
     """Trains one network on scikit-learn's digits in three ways that the paper says are one, and with all of its
     parameters in two."""
-    _check_writable(plot, figure=True)
-    _check_writable(csv_path)
-    console = _console()
+    check_writable(plot, figure=True)
+    check_writable(csv_path)
+    console = make_console()
     start = time.perf_counter()
     data, runs = demo.load_digits(), demo.make_runs()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -130,8 +122,8 @@ def schedule(
     plot: Annotated[Path | None, typer.Option(help="Where to write a figure.")] = None,
 ) -> None:
     """The exponential schedule without weight decay that equals a step decay with it."""
-    _check_writable(csv_path)
-    _check_writable(plot, figure=True)
+    check_writable(csv_path)
+    check_writable(plot, figure=True)
     steps = epochs * steps_per_epoch
     every_step = csv_path is not None or plot is not None
     if every_step and steps > MOST_STEPS:
@@ -170,7 +162,7 @@ def schedule(
             row.append(value)
     for name, row in rows.items():
         table.add_row(name, *row)
-    _console().print(table)
+    make_console().print(table)
     if not every_step:
         return
     closed = [p.log10_lr_at(t) for p, end in zip(phases, ends, strict=True) for t in range(p.start, end)]
@@ -198,14 +190,14 @@ def audit_command(
     json_path: Annotated[Path | None, typer.Option("--json", help="Where to write what was found.")] = None,
 ) -> None:
     """Finds the parameters of a model that are scale-invariant together, and says why the others are not."""
-    _check_writable(json_path)
+    check_writable(json_path)
     sizes = [_shape(text) for text in shapes]
     made = _made_by(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inputs = [torch.randn(size) if below is None else torch.randint(below, size) for size in sizes]
     hold = invariance.bias_or_norm if hold_bias_and_norm else None
-    console = _console()
+    console = make_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -261,8 +253,8 @@ def bench_command(
 
     Of texp, each backend of the device; the reference only up to 20 million parameters.
     """
-    _check_writable(csv_path)
-    _check_writable(plot, figure=True)
+    check_writable(csv_path)
+    check_writable(plot, figure=True)
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"--device must be cpu or cuda, got {device}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -274,7 +266,7 @@ def bench_command(
     chosen = _models(models)
     if threads is not None:
         torch.set_num_threads(threads)
-    console = _console()
+    console = make_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn between the turns: a thread that draws would disturb what is being timed.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
@@ -310,28 +302,7 @@ def info() -> None:
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name, reason in backends.available().items():
         table.add_row(f"backend {name}", reason)
-    _console().print(table)
-
-
-def _console() -> Console:
-    # Wide enough for the tables where the output is a file or a pipe, in which case rich would assume 80 columns.
-    return Console() if sys.stdout.isatty() else Console(width=160)
-
-
-def _check_writable(path: Path | None, *, figure: bool = False) -> None:
-    """Before minutes of training, not after."""
-    if path is None:
-        return
-    if figure and path.suffix not in FIGURES:
-        raise typer.BadParameter(f"cannot write a figure to {path}: its name must end in {' or '.join(FIGURES)}")
-    existed = path.exists()
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from None
-    if not existed:
-        path.unlink()
+    make_console().print(table)
 
 
 def _milestones(text: str, epochs: int, steps_per_epoch: int) -> list[int]:

@@ -11,14 +11,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.paper import cosine, data, fixed, instant_decay, no_instant_decay, norms, results, step_decay, toy
 from benchmarks.paper.pool import train_all
 from benchmarks.paper.setup import SETUPS
 from benchmarks.paper.training import DifferentRunError, path_of
-from texp.cli import EXTRA, UsageError
+from texp.command import EXTRA, UsageError, make_console
 
 EXPERIMENTS: dict[str, ModuleType] = {
     "fixed": fixed,
@@ -104,7 +103,7 @@ def main(
     # Tensors of digits are too small to share between threads.
     threads = 1 if data_name == "digits" else max(1, cores // jobs)
     train_all(
-        [(key, way, setup, seed, threads) for seed in range(seeds) for key, way in ways.items()], jobs, _console()
+        [(key, way, setup, seed, threads) for seed in range(seeds) for key, way in ways.items()], jobs, make_console()
     )
 
     curves = {key: [results.read(path_of(key, setup, seed)) for seed in range(seeds)] for key in ways}
@@ -135,11 +134,7 @@ def _print(checks: Iterable[tuple[str, results.Check]]) -> None:
             *limits,
             "yes" if check.holds else "NO",
         )
-    _console().print(table)
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    make_console().print(table)
 
 
 if __name__ == "__main__":
