@@ -137,7 +137,6 @@ def _processes(options: Options) -> Iterator[None]:
         return
     dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
     try:
-        dist.barrier()
         yield
     finally:
         dist.destroy_process_group()
@@ -170,10 +169,12 @@ def save_checkpoint(path: Path, options: Options, rows: list[dict], state: dict[
 
 def sweep(options: Options) -> list[dict[str, Any]]:
     """Trains with each batch size in turn, from the checkpoint on. Returns the rows of the CSV, one an epoch."""
-    chief = rank() == 0  # who reports and saves
+    chief = rank() == 0  # who reads, reports and saves: another machine need not have the files
+    received = [None]
     if chief:
         check_writable(options.csv)
         check_writable(options.checkpoint)
+        received = [load_checkpoint(options.checkpoint, options)]
     data = load_digits()
     if max(options.batch_sizes) > len(data.train_x):
         _refuse(f"--batch-size must be at most {len(data.train_x)}, got {max(options.batch_sizes)}")
@@ -182,7 +183,9 @@ def sweep(options: Options) -> list[dict[str, Any]]:
     console = make_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with _processes(options), Progress(*columns, console=console, disable=not chief) as progress:
-        saved = load_checkpoint(options.checkpoint, options)
+        if dist.is_initialized():
+            dist.broadcast_object_list(received)
+        (saved,) = received
         rows = saved["rows"]
         for size in options.batch_sizes:
             done = sum(row["batch_size"] == size for row in rows)

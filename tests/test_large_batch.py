@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import types
@@ -103,12 +104,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     assert all(relative_error(same[name], weights[name]) < 1e-9 for name in weights)
 
 
+def environment(**changes: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "error", **changes}
+
+
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "-m", "benchmarks.large_batch", *arguments]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "error"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300)
 
 
 @pytest.mark.slow
@@ -125,6 +129,41 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     assert [row["test_accuracy"] for row in two] == [row["test_accuracy"] for row in one]
     same = torch.load(checkpoint, weights_only=True)["state"]["model"]
     assert all(relative_error(same[name], weights[name]) < 1e-9 for name in weights)
+
+
+@pytest.mark.slow
+def test_only_the_first_process_needs_the_checkpoint(tmp_path):
+    """As on two machines: each process is in a folder of its own. The first run is interrupted, the second is not."""
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for start, code in (([str(script)], 130), (["-m", "benchmarks.large_batch"], 0)):
+        command = [sys.executable, *start, *SMALL, "--checkpoint", "checkpoint.pt", "--csv", "epochs.csv"]
+        processes = []
+        for rank in ("0", "1"):
+            (tmp_path / rank).mkdir(exist_ok=True)
+            of = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            processes.append(subprocess.Popen(command, cwd=tmp_path / rank, env=environment(**of)))
+        assert [process.wait(timeout=300) for process in processes] == [code, code]
+    assert len(rows_of(tmp_path / "0" / "epochs.csv")) == 3
+    assert list((tmp_path / "1").iterdir()) == []
+
+
+# In the middle of the second epoch: one has three steps.
+INTERRUPTED = """
+import sys
+from benchmarks import large_batch, large_batch_training
+
+def backward(self, batch, real=large_batch_training.Training._backward):
+    if self.schedule.last_epoch == 4:
+        raise KeyboardInterrupt
+    return real(self, batch)
+
+large_batch_training.Training._backward = backward
+sys.exit(large_batch.run())
+"""
 
 
 def test_gradients_are_exchanged_once_a_step(monkeypatch):
