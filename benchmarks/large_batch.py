@@ -1,18 +1,17 @@
 """Large-batch training, a recipe to start from: `python -m benchmarks.large_batch --help`.
 
-    python -m benchmarks.large_batch --batch-size 64,128,256,512 --csv large_batch.csv
-    python -m benchmarks.large_batch --optimizer torch
+    python -m benchmarks.large_batch --batch-size 64,128,256,512
+    python -m benchmarks.large_batch --batch-size 64,128,256,512 --optimizer texp,torch --plot large_batch.png
     torchrun --standalone --nproc-per-node 4 -m benchmarks.large_batch --batch-size 512 --amp bf16 --channels-last
 
 The LR grows linearly with the batch size (Goyal et al., 2017, arXiv 1706.02677), after a linear warm-up. It is that
 of plain SGD, whichever optimizer trains: texp.SGD in exponential form visits the same functions. Biases and norms
-have no weight decay. What trains is in benchmarks/large_batch_training.py; this file is the command: options, the
-sweep over batch sizes, checkpoints, and what is reported.
+have no weight decay. What trains is in benchmarks/large_batch_training.py, what is reported in large_batch_report.py;
+this file is the command: options, the sweep over batch sizes, and checkpoints.
 """
 
-import csv
+import itertools
 import math
-import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,15 +23,15 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from benchmarks import large_batch_report
 from benchmarks.large_batch_training import AMP, GROUPS, Training, device_of, rank, world
 from texp import backends
 from texp.command import EXTRA, UsageError, check_writable, make_console
 from texp.demo import load_digits
 
 CHOICES = {
-    "optimizer": ("texp", "torch"),
+    "optimizer": ("texp", "torch", "texp,torch"),
     "model": ("bn", "gn"),
     "schedule": ("cosine", "step"),
     "device": ("cpu", "cuda"),
@@ -45,12 +44,12 @@ app = typer.Typer(name="large_batch", add_completion=False, pretty_exceptions_en
 @app.command()
 @dataclass(frozen=True)
 class Options:
-    """Trains scikit-learn's digits with large batches, once for each batch size.
+    """Trains scikit-learn's digits with large batches, once for each batch size and optimizer.
 
     Under torchrun each process takes its share of every batch; the batches are those of one process.
     """
 
-    optimizer: Annotated[str, typer.Option(help="texp or torch: texp.SGD, or torch.optim.SGD(fused=True).")] = "texp"
+    optimizer: Annotated[str, typer.Option(help="texp or torch(fused=True), or texp,torch: in turn.")] = "texp"
     backend: Annotated[str | None, typer.Option(help="Of texp.SGD, see texp info; default: its own choice.")] = None
     batch_size: Annotated[str, typer.Option(help="Of all processes; several are a sweep, as in 64,128.")] = "64"
     epochs: Annotated[int, typer.Option(min=1, help="Of each batch size.")] = 20
@@ -70,6 +69,7 @@ class Options:
     float64: Annotated[bool, typer.Option("--float64", help="And eps ≈ 0 in the norms, to compare runs.")] = False
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initialisation and the batches.")] = 0
     csv: Annotated[Path | None, typer.Option(help="Where to write every epoch, at the end.")] = None
+    plot: Annotated[Path | None, typer.Option(help="Where to draw the sweep, at the end.")] = None
     checkpoint: Annotated[Path | None, typer.Option(help="Written after every epoch; resumed from if there.")] = None
     tensorboard: Annotated[Path | None, typer.Option(help="Folder to log to.")] = None
 
@@ -94,10 +94,15 @@ class Options:
             _refuse("--device cuda was asked for, but torch sees no CUDA device")
         if self.backend is not None:
             state = backends.available().get(self.backend, "there is no such backend")
-            if self.optimizer != "texp" or state != backends.OK:
-                why = state if self.optimizer == "texp" else "it is for --optimizer texp"
+            if self.optimizer == "torch" or state != backends.OK:
+                why = state if self.optimizer != "torch" else "it is for --optimizer texp"
                 _refuse(f"--backend {self.backend} was asked for, but {why}")
         _ = self.batch_sizes  # refuses what it cannot be
+
+    @property
+    def optimizers(self) -> list[str]:
+        """Of the sweep: for each batch size one after the other, so that their times can be compared."""
+        return self.optimizer.split(",")
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -119,7 +124,7 @@ class Options:
 
     def of_the_run(self) -> dict[str, Any]:
         """All that the curve depends on, as a checkpoint has it."""
-        made = {k: v for k, v in asdict(self).items() if k not in ("csv", "checkpoint", "tensorboard")}
+        made = {k: v for k, v in asdict(self).items() if k not in ("csv", "plot", "checkpoint", "tensorboard")}
         return {**made, "processes": world()}
 
 
@@ -168,11 +173,13 @@ def save_checkpoint(path: Path, options: Options, rows: list[dict], state: dict[
 
 
 def sweep(options: Options) -> list[dict[str, Any]]:
-    """Trains with each batch size in turn, from the checkpoint on. Returns the rows of the CSV, one an epoch."""
+    """Trains with each batch size and optimizer in turn, from the checkpoint on. Returns the rows of the CSV, one an
+    epoch."""
     chief = rank() == 0  # who reads, reports and saves: another machine need not have the files
     received = [None]
     if chief:
         check_writable(options.csv)
+        check_writable(options.plot, figure=True)
         check_writable(options.checkpoint)
         received = [load_checkpoint(options.checkpoint, options)]
     data = load_digits()
@@ -187,34 +194,35 @@ def sweep(options: Options) -> list[dict[str, Any]]:
             dist.broadcast_object_list(received)
         (saved,) = received
         rows = saved["rows"]
-        for size in options.batch_sizes:
-            done = sum(row["batch_size"] == size for row in rows)
+        for size, optimizer in itertools.product(options.batch_sizes, options.optimizers):
+            done = sum((row["optimizer"], row["batch_size"]) == (optimizer, size) for row in rows)
             steps = len(data.train_x) // size
-            task = progress.add_task(f"batch {size}", total=options.epochs * steps, completed=done * steps)
+            name = f"{optimizer}, batch {size}"
+            task = progress.add_task(name, total=options.epochs * steps, completed=done * steps)
             if done == options.epochs:
                 continue
-            training = Training(options, size, data)
+            training = Training(options, optimizer, size, data)
             if done:
                 training.load_state_dict(saved["state"])
             log = None
             if options.tensorboard is not None and chief:
-                log = SummaryWriter(str(options.tensorboard / f"{options.optimizer}-{size}"), purge_step=done)
+                log = SummaryWriter(str(options.tensorboard / f"{optimizer}-{size}"), purge_step=done)
             for epoch in range(done, options.epochs):
                 made = training.epoch(lambda task=task: progress.advance(task))
                 if epoch == options.epochs - 1:
                     training.fold()
-                of_run = {"optimizer": options.optimizer, "batch_size": size, "epoch": epoch}
+                of_run = {"optimizer": optimizer, "batch_size": size, "epoch": epoch}
                 rows.append({**of_run, **made, **_where(options)})
                 if not chief:
                     continue
                 progress.console.print(
-                    f"batch {size}, epoch {epoch + 1}: train loss {made['train_loss']:.4f}, "
+                    f"{name}, epoch {epoch + 1}: train loss {made['train_loss']:.4f}, "
                     f"test accuracy {made['test_accuracy']:.2%}, {made['samples_per_s']:,.0f} samples/s",
                     highlight=False,
                 )
                 if log is not None:
-                    for name, value in made.items():
-                        log.add_scalar(name, value, epoch)
+                    for field, value in made.items():
+                        log.add_scalar(field, value, epoch)
                 if options.checkpoint is not None:
                     save_checkpoint(options.checkpoint, options, rows, training.state_dict())
             if log is not None:
@@ -236,35 +244,15 @@ def _where(options: Options) -> dict[str, Any]:
 
 
 def report(options: Options, rows: list[dict[str, Any]]) -> None:
-    """A table of the sweep, the optimizer's share of the step time, and the CSV. Times are medians over the epochs of
-    the medians over each one's steps, on the first process."""
-    table, shares = Table(), []
-    for column in ("batch size", "peak LR", "last train loss", "last test accuracy", "samples/s", "step"):
-        table.add_column(column, justify="right")
-    for size in options.batch_sizes:
-        of_size = [row for row in rows if row["batch_size"] == size]
-        names = ("samples_per_s", "step_ms", "optimizer_ms", "optimizer_share")
-        samples_per_s, step_ms, optimizer_ms, share = (statistics.median(r[name] for r in of_size) for name in names)
-        table.add_row(
-            str(size),
-            f"{options.peak_lr(size):g}",
-            f"{of_size[-1]['train_loss']:.4f}",
-            f"{of_size[-1]['test_accuracy']:.2%}",
-            f"{samples_per_s:,.0f}",
-            f"{step_ms:.2f} ms",
-        )
-        shares.append(
-            f"batch {size}: {options.optimizer}'s optimizer step takes {optimizer_ms:.3f} ms of {step_ms:.2f} ms, "
-            f"{share:.2%} of a training step"
-        )
-    make_console().print(table)
-    print(*shares, sep="\n")
+    runs = large_batch_report.summaries(rows)
+    make_console().print(large_batch_report.table(runs, options.peak_lr))
+    print(*(large_batch_report.share(run) for run in runs), sep="\n")
     if options.csv is not None:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, tuple(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        large_batch_report.write_csv(rows, options.csv)
         print(options.csv.resolve())
+    if options.plot is not None:
+        large_batch_report.plot(runs, options.plot)
+        print(options.plot.resolve())
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -68,10 +68,13 @@ def make_model(options: "Options") -> nn.Module:
     return model.double() if options.float64 else model
 
 
-def make_optimizer(options: "Options", model: nn.Module, example: Tensor, lr: float) -> torch.optim.Optimizer:
-    """The one switch. The model must be on its device and in its dtype; `example` is a small batch for it."""
+def make_optimizer(
+    name: str, options: "Options", model: nn.Module, example: Tensor, lr: float
+) -> torch.optim.Optimizer:
+    """The one switch: "texp" or "torch". The model must be on its device and in its dtype; `example` is a small batch
+    for it."""
     arguments = {"lr": lr, "momentum": options.momentum, "nesterov": True}
-    if options.optimizer == "texp":
+    if name == "texp":
         groups = texp.param_groups(model, example, no_decay="bias_and_norm", weight_decay=options.weight_decay)
         return texp.SGD(groups, backend=options.backend, **arguments)
     named = list(model.named_parameters())
@@ -83,9 +86,9 @@ def make_optimizer(options: "Options", model: nn.Module, example: Tensor, lr: fl
 
 
 class Training:
-    """One run with one batch size, on this process."""
+    """One run with one optimizer, "texp" or "torch", and one batch size, on this process."""
 
-    def __init__(self, options: "Options", batch_size: int, data: Digits) -> None:
+    def __init__(self, options: "Options", optimizer: str, batch_size: int, data: Digits) -> None:
         self.options, self.batch_size = options, batch_size
         self.device = device_of(options)
         dtype = torch.float64 if options.float64 else torch.float32
@@ -96,7 +99,8 @@ class Training:
         self.steps = len(self.train_x) // batch_size  # of an epoch; what is left of the images is for later epochs
         self.model = make_model(options).to(self.device, memory_format=form)
         # Before the model is wrapped: the groups hold its own buffers.
-        self.optimizer = make_optimizer(options, self.model, self.train_x[:4], options.peak_lr(batch_size))
+        lr = options.peak_lr(batch_size)
+        self.optimizer = make_optimizer(optimizer, options, self.model, self.train_x[:4], lr)
         steps, warmup = options.epochs * self.steps, int(options.warmup * self.steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, steps, warmup, options.schedule)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import texp
-from benchmarks import large_batch, large_batch_training
+from benchmarks import large_batch, large_batch_report, large_batch_training
 from benchmarks.large_batch import run
 from tests.conftest import relative_error, same_bits
 
@@ -64,11 +64,47 @@ def test_the_sweep(tmp_path, capsys):
         assert 0 <= float(row["test_accuracy"]) <= 1
     assert losses(made)[2] < losses(made)[0] < 3
     for size, lr in (("180", "0.140625"), ("360", "0.28125")):
-        assert re.search(rf"{size} │ +{lr}", out)
+        assert re.search(rf"texp +│ +{size} │ +{lr}", out)
         assert re.search(rf"batch {size}: texp's optimizer step takes [\d.]+ ms of [\d.]+ ms, [\d.]+%", out)
     assert run([*sweep, "--csv", str(table), "--amp", "bf16", "--channels-last"]) == 0
     # Eight bits of a bf16 number: 0.4 % for each of a dozen roundings in a row, of which few add up.
     assert losses(rows_of(table)) == pytest.approx(losses(made), rel=0.02)
+
+
+def test_both_optimizers_in_one_sweep_and_its_figure(tmp_path, capsys):
+    """Drawn once more from the checkpoint alone."""
+    arguments = [*SMALL, "--optimizer", "texp,torch", "--batch-size", "180,360"]
+    plot = tmp_path / "sweep.svg"
+    rows, _ = trained(tmp_path, *arguments, "--plot", str(plot))
+    runs = [(row["batch_size"], row["optimizer"]) for row in rows[::3]]
+    assert runs == [("180", "texp"), ("180", "torch"), ("360", "texp"), ("360", "torch")]
+    drawn = plot.read_text()
+    for text in ("torch.optim.SGD", "texp.SGD", "180", "360", "samples/s", "test accuracy", "train loss", "share"):
+        assert text in drawn  # matplotlib writes each text as a comment as well
+    capsys.readouterr()
+    plot.unlink()
+    again, _ = trained(tmp_path, *arguments, "--plot", str(plot))
+    assert again == rows
+    assert plot.exists()
+    out = capsys.readouterr().out
+    assert "epoch 1" not in out
+    for optimizer in ("texp", "torch"):
+        assert f"batch 360: {optimizer}'s optimizer step takes" in out
+
+
+def test_a_summary():
+    """Of the last epoch what was learned, the median of how long they took; one for each run."""
+    names = ("train_loss", "test_accuracy", "samples_per_s", "step_ms", "optimizer_ms", "optimizer_share")
+    runs = list(itertools.product((64, 128), ("texp", "torch")))
+    rows = [
+        {"batch_size": size, "optimizer": optimizer, **dict.fromkeys(names, value)}
+        for size, optimizer in runs
+        for value in (3.0, 9.0, 5.0, 0.0)
+    ]
+    made = large_batch_report.summaries(rows)
+    assert [(of["batch_size"], of["optimizer"]) for of in made] == runs
+    for of in made:
+        assert [of[name] for name in names] == [0.0, 0.0, 4.0, 4.0, 4.0, 4.0]
 
 
 def test_the_same_seed_is_the_same_run(tmp_path):
@@ -193,7 +229,7 @@ def test_gradients_are_exchanged_once_a_step(monkeypatch):
             return y
 
     options = large_batch.Options(width=4, batch_size="360", accumulate=3, device="cpu")
-    training = large_batch_training.Training(options, 360, large_batch.load_digits())
+    training = large_batch_training.Training(options, "texp", 360, large_batch.load_digits())
     training.parallel = Parallel(training.model)
     training._backward(torch.arange(360).view(3, 120))
     assert calls == [[what, alone] for alone in (True, True, False) for what in ("forward", "backward")]
@@ -290,7 +326,7 @@ def test_without_tensorboard(tmp_path, monkeypatch, capsys):
 
 
 ERRORS = {
-    "optimizer": (["--optimizer", "adam"], "--optimizer must be texp or torch, got adam"),
+    "optimizer": (["--optimizer", "adam"], "--optimizer must be texp or torch or texp,torch, got adam"),
     "schedule": (["--schedule", "linear"], "--schedule must be cosine or step, got linear"),
     "amp": (["--amp", "fp8"], "--amp must be off or bf16 or fp16, got fp8"),
     "model": (["--model", "ln"], "--model must be bn or gn, got ln"),
@@ -309,6 +345,7 @@ ERRORS = {
     "no backend": (["--backend", "gpu"], "--backend gpu was asked for, but there is no such backend"),
     "backend of torch": (["--backend", "cpu", "--optimizer", "torch"], "but it is for --optimizer texp"),
     "both": (["--float64", "--amp", "bf16"], "it does not go with --amp bf16"),
+    "no figure": (["--plot", "a.csv"], "cannot write a figure to a.csv: its name must end in .png or .pdf or .svg"),
     "no folder": (["--csv", "no/such/folder/a.csv"], "No such file or directory"),
     "a folder": (["--checkpoint", "."], "cannot write .: Is a directory"),
     "no such option": (["--bach-size", "64"], "--bach-size"),
