@@ -1,6 +1,7 @@
 """The recipe for large batches, run as its users would."""
 
 import csv
+import functools
 import itertools
 import json
 import math
@@ -10,6 +11,8 @@ import socket
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,13 @@ def trained(folder: Path, *arguments: str) -> tuple[list[dict], dict]:
     return rows_of(table), torch.load(checkpoint, weights_only=True)["state"]["model"]
 
 
+def training(**options) -> large_batch_training.Training:
+    """Of a batch of 360; most options have values that are not the default's."""
+    given = {"optimizer": "texp", "width": 4, "batch_size": "360", "device": "cpu", **options}
+    made = large_batch.Options(**given)
+    return large_batch_training.Training(made, made.optimizer, 360, large_batch.load_digits())
+
+
 def test_the_sweep(tmp_path, capsys):
     """Also in bf16 and channels_last, with the weights of a run in float32 nearby."""
     table = tmp_path / "sweep.csv"
@@ -63,6 +73,10 @@ def test_the_sweep(tmp_path, capsys):
         assert float(row["samples_per_s"]) > 0
         assert 0 <= float(row["test_accuracy"]) <= 1
     assert losses(made)[2] < losses(made)[0] < 3
+    # Of the first steps: in the warm-up of an epoch, after it, and half-way down; batches of 180 make 7 steps.
+    factors = {"180": (1 / 8, 1, 0.5), "360": (1 / 4, 1, 0.5)}
+    expected = [0.05 * int(size) / 64 * factor for size in factors for factor in factors[size]]
+    assert [float(row["lr"]) for row in made] == pytest.approx(expected)
     for size, lr in (("180", "0.140625"), ("360", "0.28125")):
         assert re.search(rf"texp +│ +{size} │ +{lr}", out)
         assert re.search(rf"batch {size}: texp's optimizer step takes [\d.]+ ms of [\d.]+ ms, [\d.]+%", out)
@@ -167,24 +181,41 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     assert all(relative_error(same[name], weights[name]) < 1e-9 for name in weights)
 
 
-@pytest.mark.slow
-def test_only_the_first_process_needs_the_checkpoint(tmp_path):
-    """As on two machines: each process is in a folder of its own. The first run is interrupted, the second is not."""
-    script = tmp_path / "interrupted.py"
-    script.write_text(INTERRUPTED)
+def by_hand(folders: list[Path], *command: str) -> list[int]:
+    """One process in each folder; returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    for start, code in (([str(script)], 130), (["-m", "benchmarks.large_batch"], 0)):
-        command = [sys.executable, *start, *SMALL, "--checkpoint", "checkpoint.pt", "--csv", "epochs.csv"]
-        processes = []
-        for rank in ("0", "1"):
-            (tmp_path / rank).mkdir(exist_ok=True)
-            of = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            processes.append(subprocess.Popen(command, cwd=tmp_path / rank, env=environment(**of)))
-        assert [process.wait(timeout=300) for process in processes] == [code, code]
-    assert len(rows_of(tmp_path / "0" / "epochs.csv")) == 3
-    assert list((tmp_path / "1").iterdir()) == []
+        shared = {
+            "WORLD_SIZE": str(len(folders)),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
+    processes = []
+    for rank, folder in enumerate(folders):
+        folder.mkdir(exist_ok=True)
+        env = environment(RANK=str(rank), LOCAL_RANK="0", **shared)
+        processes.append(subprocess.Popen([sys.executable, *command], cwd=folder, env=env))
+    return [process.wait(timeout=300) for process in processes]
+
+
+@pytest.mark.slow
+def test_two_processes_resume(tmp_path):
+    """Each in a folder of its own, as on two machines: only the first needs the checkpoint."""
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    arguments = [*SMALL, "--checkpoint", "checkpoint.pt", "--csv", "epochs.csv"]
+    first, second, whole = (tmp_path / name for name in ("first", "second", "whole"))
+    assert by_hand([first, second], str(script), *arguments) == [130, 130]
+    assert by_hand([first, second], "-m", "benchmarks.large_batch", *arguments) == [0, 0]
+    assert by_hand([whole, second], "-m", "benchmarks.large_batch", *arguments) == [0, 0]
+    assert list(second.iterdir()) == []
+    assert curve(rows_of(first / "epochs.csv")) == curve(rows_of(whole / "epochs.csv"))
+    weights, same = (torch.load(of / "checkpoint.pt", weights_only=True)["state"]["model"] for of in (first, whole))
+    assert all(same_bits(same[name], weights[name]) for name in weights)
+    # Both evaluated with the running statistics of the first, which are those in the checkpoint.
+    made = training()
+    made.model.load_state_dict(weights)
+    assert made.accuracy() == float(rows_of(first / "epochs.csv")[-1]["test_accuracy"])
 
 
 # In the middle of the second epoch: one has three steps.
@@ -212,8 +243,6 @@ def test_gradients_are_exchanged_once_a_step(monkeypatch):
             self.module, self.alone = module, False
 
         def no_sync(self):
-            from contextlib import contextmanager
-
             @contextmanager
             def entered():
                 self.alone = True
@@ -235,27 +264,33 @@ def test_gradients_are_exchanged_once_a_step(monkeypatch):
     assert calls == [[what, alone] for alone in (True, True, False) for what in ("forward", "backward")]
 
 
+@contextmanager
+def interrupted_after(steps: int, monkeypatch) -> Iterator[None]:
+    def backward(self, batch, real=large_batch_training.Training._backward):
+        nonlocal steps
+        if steps == 0:
+            raise KeyboardInterrupt
+        steps -= 1
+        return real(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(large_batch_training.Training, "_backward", backward)
+        yield
+
+
 @pytest.mark.parametrize(("optimizer", "amp"), [("texp", "fp16"), ("torch", "off")])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys, optimizer, amp):
-    """In the middle of an epoch of the sweep's second batch size, and again after the end."""
+    """In the middle of an epoch of the sweep's second batch size, and again after the end. The factor of the loss in
+    fp16 doubles so often that it reaches where steps are skipped."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, growth_interval=1))
     arguments = [*SMALL, "--optimizer", optimizer, "--batch-size", "180,360", "--amp", amp]
     arguments += ["--weight-decay", "0.03"]
     whole, weights = trained(tmp_path / "whole", *arguments)
     checkpoint = tmp_path / "parts" / "checkpoint.pt"
-    steps = 0
-
-    def backward(self, batch, real=large_batch_training.Training._backward):
-        nonlocal steps
-        steps += 1
-        if steps == 3 * 7 + 3 + 2:
-            raise KeyboardInterrupt
-        return real(self, batch)
-
     checkpoint.parent.mkdir()
-    with monkeypatch.context() as patched:
-        patched.setattr(large_batch_training.Training, "_backward", backward)
+    with interrupted_after(3 * 7 + 3 + 1, monkeypatch):
         assert run([*arguments, "--checkpoint", str(checkpoint)]) == 130
-        assert capsys.readouterr().err == "large_batch: interrupted\n"
+    assert capsys.readouterr().err == "large_batch: interrupted\n"
     assert len(torch.load(checkpoint, weights_only=True)["rows"]) == 3 + 1
     for _ in range(2):
         parts, same = trained(checkpoint.parent, *arguments)
@@ -278,6 +313,83 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert checkpoint.read_bytes() == b"old"
 
 
+BATCH = torch.arange(360)
+
+
+@pytest.mark.parametrize("name", ["texp", "torch"])
+def test_the_optimizer(name):
+    made = training(optimizer=name, base_lr=0.1, base_batch=90, momentum=0.8, weight_decay=0.03)
+    groups = made.optimizer.param_groups
+    assert {(group["momentum"], group["nesterov"], group["initial_lr"]) for group in groups} == {(0.8, True, 0.4)}
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert all(decays[id(p)] == (0.03 if p.dim() > 1 else 0) for p in made.model.parameters())
+    if name == "torch":
+        assert made.optimizer.defaults["fused"]
+    else:
+        assert any(group["scale_invariant"] for group in groups)
+        assert training(backend="reference").optimizer._backend == "reference"
+
+
+def test_the_loss_has_smoothed_labels():
+    made = training(label_smoothing=0.3)
+    loss = made._backward(BATCH.view(1, -1))
+    with torch.no_grad():
+        logits = made.model(made.train_x[BATCH])
+    expected = torch.nn.functional.cross_entropy(logits, made.train_y[BATCH], label_smoothing=0.3)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_what_the_layers_compute_in(amp, dtype, channels_last):
+    """In training and at evaluation."""
+    made, seen = training(amp=amp, channels_last=channels_last), []
+
+    def look(module, inputs, y):
+        seen.append((y.dtype, y.is_contiguous(memory_format=torch.channels_last)))
+
+    made.model.blocks[1].conv2.register_forward_hook(look)
+    made._backward(BATCH.view(1, -1))
+    made.accuracy()
+    assert seen == [(dtype, channels_last)] * 2
+
+
+def test_the_evaluation_is_with_running_statistics():
+    """And leaves them as they are."""
+    made = training()
+    made._backward(BATCH.view(1, -1))
+    buffers = {name: b.clone() for name, b in made.model.named_buffers()}
+    accuracy = made.accuracy()
+    assert all(torch.equal(b, buffers[name]) for name, b in made.model.named_buffers())
+    one_by_one = [made.model(x[None]).argmax().item() for x in made.test_x]  # independent of the others
+    assert accuracy == sum(a == b for a, b in zip(one_by_one, made.test_y.tolist(), strict=True)) / 360
+
+
+def test_the_times(monkeypatch):
+    """By a clock that only forward and backward (three seconds) and the optimizer (one) move on. Samples are counted
+    of all processes."""
+    made, now = training(), 0.0
+
+    def take(seconds, result=None):
+        nonlocal now
+        now += seconds
+        return result
+
+    monkeypatch.setattr(made, "_backward", lambda batch, real=made._backward: take(3.0, real(batch)))
+    made.optimizer.register_step_post_hook(lambda *_: take(1.0))
+    monkeypatch.setattr(large_batch_training.time, "perf_counter", lambda: now)
+    for processes in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        row = made.epoch(lambda: None)
+        names = ("step_ms", "optimizer_ms", "optimizer_share", "samples_per_s")
+        assert [row[name] for name in names] == [4000, 1000, 0.25, 90]
+
+
+def test_the_seed_is_also_of_the_initialisation():
+    one, other = (training(seed=seed).model.stem.weight for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
 def test_the_learning_rate():
     def factors(schedule):
         return [large_batch_training.lr_factor(step, 20, 4, schedule) for step in range(21)]
@@ -298,6 +410,7 @@ def test_the_tensorboard(tmp_path, monkeypatch):
     class SummaryWriter:
         def __init__(self, folder, purge_step):
             self.name = Path(folder).name
+            told.append((self.name, "from", purge_step))
 
         def add_scalar(self, name, value, epoch):
             assert math.isfinite(value)
@@ -309,11 +422,37 @@ def test_the_tensorboard(tmp_path, monkeypatch):
     module = types.ModuleType("tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    assert run([*SMALL, "--tensorboard", str(tmp_path)]) == 0
-    assert {(name, epoch) for of, name, epoch in told[:-1]} >= {
-        (name, epoch) for name in ("train_loss", "test_accuracy", "lr", "log10_lr") for epoch in range(3)
-    }
+    arguments = [*SMALL, "--tensorboard", str(tmp_path / "logs"), "--checkpoint", str(tmp_path / "checkpoint.pt")]
+    with interrupted_after(2 * 3 + 1, monkeypatch):
+        assert run(arguments) == 130
+    assert run(arguments) == 0
+    for name in ("train_loss", "test_accuracy", "lr", "log10_lr"):
+        assert [event[2] for event in told if event[1] == name] == [0, 1, 2]
+    assert [event for event in told if event[1] == "from"] == [("texp-360", "from", first) for first in (0, 2)]
     assert told[-1] == ("texp-360", "closed")
+
+
+def test_what_the_tensorboard_makes_of_an_interruption(tmp_path, monkeypatch):
+    """With two epochs logged of which one is in the checkpoint."""
+    name = "tensorboard.backend.event_processing.event_accumulator"
+    accumulator = pytest.importorskip(name, reason="tensorboard is not installed")
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path("checkpoint.pt")
+    arguments = [*SMALL, "--tensorboard", "logs", "--checkpoint", str(checkpoint), "--csv", "epochs.csv"]
+    with interrupted_after(3 + 1, monkeypatch):
+        assert run(arguments) == 130
+    early = checkpoint.read_bytes()
+    with interrupted_after(3 + 1, monkeypatch):
+        assert run(arguments) == 130
+    checkpoint.write_bytes(early)
+    assert run(arguments) == 0
+    events = accumulator.EventAccumulator("logs/texp-360")
+    events.Reload()
+    for name in ("train_loss", "test_accuracy", "lr", "step_ms"):
+        scalars = events.Scalars(name)
+        assert [event.step for event in scalars] == [0, 1, 2]
+        expected = [float(row[name]) for row in rows_of(Path("epochs.csv"))]
+        assert [event.value for event in scalars] == pytest.approx(expected, rel=1e-6)  # float32
 
 
 def test_without_tensorboard(tmp_path, monkeypatch, capsys):
