@@ -187,6 +187,9 @@ def sweep(options: Options) -> list[dict[str, Any]]:
         _refuse(f"--batch-size must be at most {len(data.train_x)}, got {max(options.batch_sizes)}")
     if options.tensorboard is not None:
         from torch.utils.tensorboard import SummaryWriter
+
+        if chief:
+            options.tensorboard.mkdir(parents=True, exist_ok=True)  # or says now that it cannot
     console = make_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with _processes(options), Progress(*columns, console=console, disable=not chief) as progress:

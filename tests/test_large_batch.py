@@ -455,6 +455,18 @@ def test_what_the_tensorboard_makes_of_an_interruption(tmp_path, monkeypatch):
         assert [event.value for event in scalars] == pytest.approx(expected, rel=1e-6)  # float32
 
 
+def test_a_folder_of_the_tensorboard_that_cannot_be(tmp_path, monkeypatch, capsys):
+    """Is said before there is anything to see, and before other processes are joined."""
+    module = types.ModuleType("tensorboard")
+    module.SummaryWriter = None
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    (tmp_path / "file").touch()
+    assert run([*SMALL, "--tensorboard", str(tmp_path / "file" / "logs")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"large_batch: .*Not a directory.*\n", captured.err)
+
+
 def test_without_tensorboard(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
