@@ -25,7 +25,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import large_batch_report
-from benchmarks.large_batch_training import AMP, GROUPS, Training, device_of, rank, world
+from benchmarks.large_batch_training import AMP, GROUPS, Training, device_of, local_world, rank, world
 from texp import backends
 from texp.command import EXTRA, UsageError, check_writable, make_console
 from texp.demo import load_digits
@@ -92,6 +92,9 @@ class Options:
             _refuse(f"--float64 computes nothing in lower precision: it does not go with --amp {self.amp}")
         if self.device == "cuda" and not torch.cuda.is_available():
             _refuse("--device cuda was asked for, but torch sees no CUDA device")
+        if self.device == "cuda" and torch.cuda.device_count() < local_world():
+            sees = f"torch sees {torch.cuda.device_count()} CUDA devices"
+            _refuse(f"--device cuda needs one device for each of {local_world()} processes, but {sees}")
         if self.backend is not None:
             state = backends.available().get(self.backend, "there is no such backend")
             if self.optimizer == "torch" or state != backends.OK:

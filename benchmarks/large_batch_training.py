@@ -34,8 +34,13 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world() -> int:
+    """Those of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def rank() -> int:
-    """This process's number among them."""
+    """This process's number among all."""
     return int(os.environ.get("RANK", "0"))
 
 

@@ -522,6 +522,14 @@ def test_without_a_gpu(capsys):
     assert "torch sees no CUDA device" in capsys.readouterr().err
 
 
+def test_more_processes_than_gpus(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert run(["--device", "cuda"]) == 2
+    assert "one device for each of 2 processes, but torch sees 1 CUDA devices" in capsys.readouterr().err
+
+
 def test_checkpoints_of_something_else(tmp_path, capsys):
     checkpoint = tmp_path / "checkpoint.pt"
     _ = trained(tmp_path, *SMALL)
