@@ -287,7 +287,8 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    if rank() == 0:
+    # Bad arguments are those of every process; what is missing may be so on one machine alone.
+    if rank() == 0 or code == 1:
         print(f"large_batch: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -530,6 +530,19 @@ def test_more_processes_than_gpus(capsys, monkeypatch):
     assert "one device for each of 2 processes, but torch sees 1 CUDA devices" in capsys.readouterr().err
 
 
+def test_which_process_says_what_is_wrong(capsys, monkeypatch):
+    """The first what is wrong everywhere, and each what is wrong with itself."""
+
+    def missing():
+        raise OSError("No such file or directory: 'digits'")
+
+    monkeypatch.setattr(large_batch, "load_digits", missing)
+    for rank, arguments, said in (("0", ["--width", "6"], 1), ("1", ["--width", "6"], 0), ("1", SMALL, 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert run(arguments) in (1, 2)
+        assert capsys.readouterr().err.count("large_batch: ") == said
+
+
 def test_checkpoints_of_something_else(tmp_path, capsys):
     checkpoint = tmp_path / "checkpoint.pt"
     _ = trained(tmp_path, *SMALL)
