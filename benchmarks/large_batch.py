@@ -24,9 +24,11 @@ import torch.distributed as dist
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import texp
 from benchmarks import large_batch_report
 from benchmarks.large_batch_training import AMP, GROUPS, Training, device_of, local_world, rank, world
 from texp import backends
+from texp.bench import cpu_model
 from texp.command import EXTRA, UsageError, check_writable, make_console
 from texp.demo import load_digits
 
@@ -239,13 +241,14 @@ def sweep(options: Options) -> list[dict[str, Any]]:
 
 
 def _where(options: Options) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     return {
-        "device": name,
+        "device": options.device,
+        "processor": torch.cuda.get_device_name() if options.device == "cuda" else cpu_model(),
         "processes": world(),
         "threads": torch.get_num_threads(),
         "amp": options.amp,
         "torch": str(torch.__version__),
+        "texp": texp.__version__,
     }
 
 

@@ -94,8 +94,8 @@ def plot(runs: list[Row], path: Path) -> None:
     for panel in axes[2:]:
         panel.set_ylim(0)
     run = runs[0]
-    of = f"{run['device']}, processes: {run['processes']}, threads: {run['threads']}, autocast: {run['amp']}"
-    figure.suptitle(f"digits, {of}, torch {run['torch']}")
+    where = f"{run['processor'] or run['device']}, processes: {run['processes']}, threads: {run['threads']}"
+    figure.suptitle(f"digits on {where}, autocast: {run['amp']}, torch {run['torch']}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -22,6 +22,7 @@ import texp
 from benchmarks import large_batch, large_batch_report, large_batch_training
 from benchmarks.large_batch import run
 from tests.conftest import relative_error, same_bits
+from texp.bench import cpu_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--width", "4", "--epochs", "3", "--warmup", "1", "--batch-size", "360", "--device", "cpu"]
@@ -68,6 +69,7 @@ def test_the_sweep(tmp_path, capsys):
         ("texp", "cpu", "1", "off")
     }
     for row in made:
+        assert row["processor"] == cpu_model()
         assert 0 < float(row["optimizer_ms"]) < float(row["step_ms"])
         assert 0 < float(row["optimizer_share"]) < 1
         assert float(row["samples_per_s"]) > 0
@@ -85,25 +87,32 @@ def test_the_sweep(tmp_path, capsys):
     assert losses(rows_of(table)) == pytest.approx(losses(made), rel=0.02)
 
 
-def test_both_optimizers_in_one_sweep_and_its_figure(tmp_path, capsys):
+def test_both_optimizers_in_one_sweep_and_its_figure(tmp_path, capsys, monkeypatch):
     """Drawn once more from the checkpoint alone."""
     arguments = [*SMALL, "--optimizer", "texp,torch", "--batch-size", "180,360"]
-    plot = tmp_path / "sweep.svg"
+    plot, figures = tmp_path / "sweep.png", []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
     rows, _ = trained(tmp_path, *arguments, "--plot", str(plot))
     runs = [(row["batch_size"], row["optimizer"]) for row in rows[::3]]
     assert runs == [("180", "texp"), ("180", "torch"), ("360", "texp"), ("360", "torch")]
-    drawn = plot.read_text()
-    for text in ("torch.optim.SGD", "texp.SGD", "180", "360", "samples/s", "test accuracy", "train loss", "share"):
-        assert text in drawn  # matplotlib writes each text as a comment as well
     capsys.readouterr()
     plot.unlink()
     again, _ = trained(tmp_path, *arguments, "--plot", str(plot))
     assert again == rows
-    assert plot.exists()
+    assert plot.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "epoch 1" not in out
     for optimizer in ("texp", "torch"):
         assert f"batch 360: {optimizer}'s optimizer step takes" in out
+    for figure in figures:
+        lines = [(axes.get_title(), line) for axes in figure.axes for line in axes.lines]
+        curves = {(title, line.get_label()): line.get_xydata().tolist() for title, line in lines}
+        assert len(curves) == 4 * 2
+        for optimizer, label in (("texp", "texp.SGD"), ("torch", "torch.optim.SGD")):
+            last = [row for row in rows[2::3] if row["optimizer"] == optimizer]
+            for name in ("train_loss", "test_accuracy"):
+                points = [[float(row["batch_size"]), float(row[name])] for row in last]
+                assert curves[f"{name.replace('_', ' ')}, last epoch", label] == points
 
 
 def test_a_summary():

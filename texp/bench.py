@@ -115,7 +115,7 @@ def _machine(device: str) -> dict:
     core = backends.core(None)
     return {
         "device": device,
-        "processor": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
+        "processor": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
         "instruction_set": core.cpu_variants()[0] if core is not None and device == "cpu" else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -123,7 +123,8 @@ def _machine(device: str) -> dict:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Empty where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
