@@ -374,6 +374,27 @@ def test_the_evaluation_is_with_running_statistics():
     assert accuracy == sum(a == b for a, b in zip(one_by_one, made.test_y.tolist(), strict=True)) / 360
 
 
+def test_the_statistics_at_the_evaluation_are_those_of_the_first_process(monkeypatch):
+    made, sent = training(), []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: None)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda buffer, source: sent.append((id(buffer), source)))
+    made.accuracy()
+    assert sent == [(id(buffer), 0) for buffer in made.model.buffers()]
+
+
+def test_every_epoch_has_an_order_of_its_own(monkeypatch):
+    """The images that are left over are not always the same."""
+    made, batches = training(), []
+    monkeypatch.setattr(made, "_backward", lambda batch, real=made._backward: batches.append(batch) or real(batch))
+    made.epoch(lambda: None)
+    made.epoch(lambda: None)
+    one, other = torch.cat(batches[:3]).flatten(), torch.cat(batches[3:]).flatten()
+    assert len(one.unique()) == len(other.unique()) == 3 * 360
+    assert set(one.tolist()) != set(other.tolist())
+    assert one.tolist() != sorted(one.tolist())
+
+
 def test_the_times(monkeypatch):
     """By a clock that only forward and backward (three seconds) and the optimizer (one) move on. Samples are counted
     of all processes."""
