@@ -51,7 +51,7 @@ class Options:
     Under torchrun each process takes its share of every batch; the batches are those of one process.
     """
 
-    optimizer: Annotated[str, typer.Option(help="texp or torch(fused=True), or texp,torch: in turn.")] = "texp"
+    optimizer: Annotated[str, typer.Option(help="texp or torch, which is fused; texp,torch: in turn.")] = "texp"
     backend: Annotated[str | None, typer.Option(help="Of texp.SGD, see texp info; default: its own choice.")] = None
     batch_size: Annotated[str, typer.Option(help="Of all processes; several are a sweep, as in 64,128.")] = "64"
     epochs: Annotated[int, typer.Option(min=1, help="Of each batch size.")] = 20
