@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
-from benchmarks.paper import data, models, results, step_decay, toy, training, ways
+from benchmarks.paper import data, instant_decay, models, results, step_decay, toy, training, ways
 from benchmarks.paper.__main__ import EXPERIMENTS, run
 from benchmarks.paper.setup import CIFAR10, DIGITS, EPOCH
 from texp.demo import load_digits
@@ -138,6 +138,15 @@ class TestCheckpoints:
                     assert float(line[norm]) * 2 ** int(line["halvings"]) == pytest.approx(
                         P * float(sgd[norm]), rel=1e-9
                     )
+
+
+def test_phases_shorter_than_the_window_of_a_mean():
+    setup = DIGITS.shortened(100)
+    assert setup.milestones == (33, 67)
+    curve = results.Curve([2.0] * 33 + [1.0] * 67, [0.0] * 100, [1.0] * 100, {})
+    instant, sgd = instant_decay.checks({"step-sgd": [curve], "instant-only": [curve]}, setup)
+    assert instant.value == pytest.approx((16 * 2 + 34 * 1) / 50 / 2 - 1)
+    assert sgd.value == -instant.value
 
 
 def batches(kind: str) -> dict[str, bytes]:

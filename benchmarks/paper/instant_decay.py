@@ -21,7 +21,8 @@ def checks(curves: Mapping[str, Sequence[Curve]], setup: Setup) -> list[Check]:
     drop, end = [*setup.milestones, setup.steps][:2]
 
     def change(curve: Curve) -> float:
-        return curve.mean_loss(end - WINDOW, end) / curve.mean_loss(drop - WINDOW, drop) - 1
+        after, before = (curve.mean_loss(max(t - WINDOW, 0), t) for t in (end, drop))
+        return after / before - 1
 
     return [
         Check(
