@@ -247,6 +247,17 @@ class TestCifar10:
         with pytest.raises(data.DataError, match="cannot be read"):
             data.load_cifar10(path, RECORDS)
 
+    @pytest.mark.parametrize("kind", data.KINDS)
+    def test_an_archive_with_one_wrong_byte(self, tmp_path, kind):
+        """Wherever it is: in the pixels, nothing but the checksum tells."""
+        path = archive(batches(kind), kind, tmp_path) / f"cifar-10-{kind}.tar.gz"
+        content = path.read_bytes()
+        for position in range(40, len(content), len(content) // 50):  # after the name of the file
+            path.write_bytes(content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :])
+            with pytest.raises(data.DataError) as raised:
+                data.load_cifar10(path, RECORDS)
+            assert "\n" not in str(raised.value)
+
     def test_crops_and_flips_are_of_the_image(self):
         """Every image is its own with a margin of zeros, shifted, and flipped or not; the same for the same seed."""
         x = torch.rand(64, 3, 32, 32) + 1

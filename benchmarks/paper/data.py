@@ -2,6 +2,7 @@
 
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ def load_cifar10(root: Path, records: int = RECORDS) -> Data:
         where = f"{name}/{file}"
         try:
             content = read(file)
-        except (OSError, KeyError, EOFError, tarfile.TarError) as error:
+        except (OSError, KeyError, EOFError, tarfile.TarError, zlib.error) as error:
             raise DataError(f"{where} of CIFAR-10 ({kind} version) cannot be read: {_line(error)}") from None
         parts.append((_binary if kind == "binary" else _python)(content, where, records))
     images = [torch.from_numpy(images.copy()).view(-1, 3, 32, 32).float() for images, _ in parts]
@@ -110,7 +111,11 @@ def _member(path: Path, name: str) -> bytes:
         file = archive.extractfile(name)
         if file is None:
             raise KeyError(f"{name} is not a file")
-        return file.read()
+        content = file.read()
+        # To the end of the archive, where its checksum is.
+        while archive.fileobj.read(1 << 20):
+            pass
+        return content
 
 
 def _binary(content: bytes, where: str, records: int) -> tuple[np.ndarray, np.ndarray]:
