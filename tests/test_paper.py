@@ -114,8 +114,30 @@ class TestCheckpoints:
         setup = replace(self.setup, out=tmp_path, steps=2)
         list(training.train("run", step_decay.sgd(setup), setup, 0, digits))
         other = replace(setup, weight_decay=1e-3)
-        with pytest.raises(training.DifferentRunError, match="other settings: remove it, or give another --out"):
+        with pytest.raises(training.CheckpointError, match="other settings: remove it, or give another --out"):
             list(training.train("run", step_decay.sgd(other), other, 0, digits))
+
+    DAMAGES = {  # how the file's name ends
+        "cut off": (".pt", lambda x: x[:3000], "run-seed0.pt is not a checkpoint, or damaged"),
+        "empty": (".pt", lambda _: b"", "run-seed0.pt is not a checkpoint, or damaged"),
+        "other": (".pt", lambda _: b"hello\n", "run-seed0.pt is not a checkpoint, or damaged"),
+        "lines": (".csv", lambda x: x[:-1], "run-seed0.csv lacks lines that its checkpoint counts on"),
+        "all lines": (".csv", None, "run-seed0.csv lacks lines that its checkpoint counts on"),
+    }
+
+    @pytest.mark.parametrize("case", DAMAGES)
+    def test_what_is_damaged_is_said_in_one_line(self, tmp_path, digits, case):
+        suffix, damage, message = self.DAMAGES[case]
+        setup = replace(self.setup, out=tmp_path, steps=2)
+        list(training.train("run", step_decay.sgd(setup), setup, 0, digits))
+        path = training.path_of("run", setup, 0).with_suffix(suffix)
+        if damage is None:
+            path.unlink()
+        else:
+            path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(training.CheckpointError, match=message) as raised:
+            list(training.train("run", step_decay.sgd(setup), setup, 0, digits))
+        assert "\n" not in str(raised.value)
 
     def test_what_is_written_at_every_step(self, tmp_path, digits):
         """The functions are the same and so is the intrinsic LR, up to α; weights are those of SGD times P."""

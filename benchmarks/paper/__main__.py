@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks.paper import cosine, data, fixed, instant_decay, no_instant_decay, norms, results, step_decay, toy
 from benchmarks.paper.pool import train_all
 from benchmarks.paper.setup import SETUPS
-from benchmarks.paper.training import DifferentRunError, path_of
+from benchmarks.paper.training import CheckpointError, path_of
 from texp.command import EXTRA, UsageError, make_console
 
 EXPERIMENTS: dict[str, ModuleType] = {
@@ -47,7 +47,7 @@ def run(arguments: list[str] | None = None) -> int:
         if (error.name or "").split(".")[0] not in EXTRA:
             raise
         return _fail(1, f'{error}: install texp with the extra "demo"')
-    except (OSError, data.DataError, DifferentRunError) as error:
+    except (OSError, data.DataError, CheckpointError) as error:
         return _fail(1, str(error))
     except (typer.Abort, KeyboardInterrupt):
         return _fail(INTERRUPTED, GOES_ON)

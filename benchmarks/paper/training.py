@@ -32,8 +32,8 @@ COLUMNS = (
 )
 
 
-class DifferentRunError(Exception):
-    """A checkpoint is of other settings."""
+class CheckpointError(Exception):
+    """A checkpoint that its run cannot go on from; the message is one line."""
 
 
 def path_of(name: str, setup: Setup, seed: int) -> Path:
@@ -51,13 +51,17 @@ def train(name: str, way: Way, setup: Setup, seed: int, data: Data) -> Iterator[
 
     Yields the number of each step taken. There is a checkpoint at the end of every epoch.
 
-    Raises DifferentRunError where the checkpoint is of a run with other settings.
+    Raises CheckpointError where the checkpoint is damaged, without its CSV, or of a run with other settings.
     """
     run = _Run(way, setup, seed, data)
     path = path_of(name, setup, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = path.with_suffix(".pt")
     epoch, size = run.load(checkpoint) if checkpoint.exists() else (0, 0)
+    if size and (not path.exists() or path.stat().st_size < size):
+        raise CheckpointError(
+            f"{path} lacks lines that its checkpoint counts on: remove {checkpoint} to start this run again"
+        )
     with path.open("r+" if size else "w", newline="") as file:
         writer = csv.writer(file)
         # Lines after the checkpoint are of steps that will be taken again.
@@ -161,9 +165,17 @@ class _Run:
 
     def load(self, path: Path) -> tuple[int, int]:
         """Returns the epoch to go on with and the bytes of the CSV that belong to it."""
-        state = torch.load(path, map_location=self.setup.device, weights_only=True)
-        if state["settings"] != self.settings.hexdigest():
-            raise DifferentRunError(f"{path} is of a run with other settings: remove it, or give another --out")
+        try:
+            state = torch.load(path, map_location=self.setup.device, weights_only=True)
+            settings = state["settings"]
+        except OSError:
+            raise
+        except Exception as error:  # whatever a damaged file may lead to
+            raise CheckpointError(
+                f"{path} is not a checkpoint, or damaged ({type(error).__name__}): remove it to start this run again"
+            ) from None
+        if settings != self.settings.hexdigest():
+            raise CheckpointError(f"{path} is of a run with other settings: remove it, or give another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         return state["epoch"], state["size"]
