@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
-from benchmarks.paper import data, instant_decay, models, results, step_decay, toy, training, ways
+from benchmarks.paper import data, instant_decay, models, pool, results, step_decay, toy, training, ways
 from benchmarks.paper.__main__ import EXPERIMENTS, run
 from benchmarks.paper.setup import CIFAR10, DIGITS, EPOCH
 from texp.demo import load_digits
@@ -169,6 +169,19 @@ def test_phases_shorter_than_the_window_of_a_mean():
     instant, sgd = instant_decay.checks({"step-sgd": [curve], "instant-only": [curve]}, setup)
     assert instant.value == pytest.approx((16 * 2 + 34 * 1) / 50 / 2 - 1)
     assert sgd.value == -instant.value
+
+
+def test_on_a_gpu_convolutions_are_deterministic_and_in_float32(monkeypatch):
+    """As they are told: there may be no GPU."""
+    cudnn, told = torch.backends.cudnn, []
+
+    def train(*_):
+        told.append((cudnn.enabled, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32))
+        yield 0
+
+    monkeypatch.setattr(pool, "train", train)
+    pool._train("run", step_decay.sgd(DIGITS), DIGITS, seed=0, threads=1)
+    assert told == [(True, True, False, False)]
 
 
 def batches(kind: str) -> dict[str, bytes]:

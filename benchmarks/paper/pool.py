@@ -47,7 +47,9 @@ def _train(key: str, way: Way, setup: Setup, seed: int, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for _ in train(key, way, setup, seed, data.load(setup)):
-            pass
+        # On a GPU too, a run that is taken up again has the same curve, and float32 is not TF32.
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            for _ in train(key, way, setup, seed, data.load(setup)):
+                pass
     finally:
         torch.set_num_threads(before)
