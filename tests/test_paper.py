@@ -5,6 +5,7 @@ What they measure is asserted by `make paper`."""
 import csv
 import io
 import math
+import os
 import pickle
 import re
 import signal
@@ -350,6 +351,10 @@ def test_the_whole_loss_of_a_model_is_scale_invariant(name, cifar10):
         assert len(layers) == 32
 
 
+def kill(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class TestCommand:
     def test_one_experiment_with_two_seeds(self, tmp_path, capsys):
         out = tmp_path / "out"
@@ -390,6 +395,11 @@ class TestCommand:
         _, error = process.communicate()
         assert process.returncode == 130
         assert error == "benchmarks.paper: interrupted: the same command goes on from the last checkpoints\n"
+
+    def test_a_process_that_is_killed(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(pool, "_train", kill)
+        assert run(["cosine", "--steps", "4", "--seeds", "1", "--jobs", "2", "--out", str(tmp_path)]) == 1
+        assert capsys.readouterr().err.startswith("benchmarks.paper: a process was killed, perhaps as ")
 
     def test_a_shape_that_does_not_hold(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(toy, "checks", lambda *_: [results.at_most("the loss", 2.0, 1.0)])

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
 }
 
 INTERRUPTED = 130
-GOES_ON = "interrupted: the same command goes on from the last checkpoints"
+GOES_ON = "the same command goes on from the last checkpoints"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,7 +41,7 @@ def run(arguments: list[str] | None = None) -> int:
     hold, each with one line on stderr."""
     try:
         code = app(arguments, prog_name="python -m benchmarks.paper", standalone_mode=False) or 0
-        return _fail(INTERRUPTED, GOES_ON) if code == INTERRUPTED else code  # typer's, for Ctrl-C
+        return _fail(INTERRUPTED, f"interrupted: {GOES_ON}") if code == INTERRUPTED else code  # typer's, for Ctrl-C
     except UsageError as error:
         return _fail(2, error.format_message() or "no experiment given")
     except ModuleNotFoundError as error:
@@ -49,8 +50,10 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(1, f'{error}: install texp with the extra "demo"')
     except (OSError, data.DataError, CheckpointError) as error:
         return _fail(1, str(error))
+    except BrokenExecutor:
+        return _fail(1, f"a process was killed, perhaps as memory is short: {GOES_ON}, with --jobs 1 in less of it")
     except (typer.Abort, KeyboardInterrupt):
-        return _fail(INTERRUPTED, GOES_ON)
+        return _fail(INTERRUPTED, f"interrupted: {GOES_ON}")
 
 
 def _fail(code: int, message: str) -> int:
