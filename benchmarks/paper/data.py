@@ -1,5 +1,6 @@
 """Data that a user has: scikit-learn's digits, or CIFAR-10 as it is published. Nothing is downloaded."""
 
+import io
 import pickle
 import tarfile
 import zlib
@@ -163,8 +164,6 @@ class _Unpickler(pickle.Unpickler):
     }
 
     def __init__(self, content: bytes) -> None:
-        import io
-
         super().__init__(io.BytesIO(content), encoding="bytes")
 
     def find_class(self, module: str, name: str) -> Any:
