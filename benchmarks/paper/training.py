@@ -24,7 +24,7 @@ COLUMNS = (
     "step",
     "loss",  # of the batch
     "test_error",  # from 0 to 1, at the first step of an epoch; at the end of the run it is in a line of its own
-    "intrinsic_lr",  # η̃/‖w‖² over all trained weights, the same for all equivalent runs
+    "intrinsic_lr",  # η̃/‖w‖² over all trained weights, of equivalent runs the same but for the factor α
     "log10_lr",  # of the paper's η̃, or of η where there is weight decay
     "log10_P",  # of the paper's P; 0 where there is weight decay
     "alpha",
