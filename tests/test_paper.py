@@ -105,7 +105,10 @@ class TestCheckpoints:
             taken = list(training.train(name, way, setup, 0, digits))
             assert taken == list(range(11 if stops else 0, 20))
             files.append(training.path_of(name, setup, 0).read_bytes())
+            with training.path_of(name, setup, 0).open("a") as file:
+                file.write("20,0.5")  # as if a later line had been interrupted
             assert list(training.train(name, way, setup, 0, digits)) == []
+            assert training.path_of(name, setup, 0).read_bytes() == files[-1]
         assert files[0] == files[1]
         lines = list(csv.DictReader(io.StringIO(files[0].decode())))
         assert [line["step"] for line in lines] == [str(t) for t in range(21)]
@@ -114,9 +117,25 @@ class TestCheckpoints:
     def test_a_checkpoint_of_another_run_is_refused(self, tmp_path, digits):
         setup = replace(self.setup, out=tmp_path, steps=2)
         list(training.train("run", step_decay.sgd(setup), setup, 0, digits))
-        other = replace(setup, weight_decay=1e-3)
-        with pytest.raises(training.CheckpointError, match="other settings: remove it, or give another --out"):
-            list(training.train("run", step_decay.sgd(other), other, 0, digits))
+        others = replace(setup, weight_decay=1e-3), replace(setup, batch_size=64), replace(setup, gamma=0.5)
+        for other, seed in (*((other, 0) for other in others), (setup, 1)):
+            training.path_of("run", setup, 0).with_suffix(".pt").replace(
+                training.path_of("run", setup, seed).with_suffix(".pt")
+            )
+            with pytest.raises(training.CheckpointError, match="other settings: remove it, or give another --out"):
+                list(training.train("run", step_decay.sgd(other), other, seed, digits))
+
+    def test_a_run_may_be_moved(self, tmp_path, digits):
+        setup = replace(self.setup, out=tmp_path / "here", steps=2)
+        list(training.train("run", step_decay.sgd(setup), setup, 0, digits))
+        setup.out.rename(tmp_path / "there")
+        moved = replace(setup, out=tmp_path / "there")
+        assert list(training.train("run", step_decay.sgd(moved), moved, 0, digits)) == []
+
+    def test_the_test_error_is_the_share_of_wrong_answers(self, digits):
+        run = training._Run(step_decay.sgd(self.setup), self.setup, 0, digits)
+        wrong = run.model(digits.test_x).argmax(1) != digits.test_y
+        assert run.test_error() == wrong.double().mean().item()
 
     DAMAGES = {  # how the file's name ends
         "cut off": (".pt", lambda x: x[:3000], "run-seed0.pt is not a checkpoint, or damaged"),
@@ -142,13 +161,15 @@ class TestCheckpoints:
 
     def test_what_is_written_at_every_step(self, tmp_path, digits):
         """The functions are the same and so is the intrinsic LR, up to α; weights are those of SGD times P."""
-        setup, lines = replace(self.setup, out=tmp_path), {}
+        # With a decay that makes P pass 2.
+        setup, lines = replace(DIGITS, weight_decay=2e-2, milestones=(40, 45), steps=50, out=tmp_path), {}
         for name, way in step_decay.runs(setup).items():
             list(training.train(name, way, setup, 0, digits))
             with training.path_of(name, setup, 0).open() as file:
                 lines[name] = [line for line in csv.DictReader(file) if line["loss"]]
         norms = [column for column in lines["step-sgd"][0] if column.startswith("norm ")]
         assert len(norms) == 9
+        assert lines["step-texp-sgd"][-1]["halvings"] != "0"
         for name in ("step-texp-sgd", "step-texp-corrected"):
             for line, sgd in zip(lines[name], lines["step-sgd"], strict=True):
                 P, alpha = 10 ** float(line["log10_P"]), float(line["alpha"])
@@ -230,10 +251,13 @@ class TestCifar10:
         loaded = data.load_cifar10(root, RECORDS)
         assert loaded.train_x.shape == (5 * RECORDS, 3, 32, 32)
         assert loaded.test_x.shape == (RECORDS, 3, 32, 32)
+        assert (loaded.margin, loaded.flips) == (4, True)
         assert loaded.train_x.mean((0, 2, 3)).abs().max() < 1e-5
         assert loaded.train_x.std((0, 2, 3)) == pytest.approx(torch.ones(3), abs=1e-5)
         raw = np.frombuffer(batches("binary")["test_batch.bin"], np.uint8).reshape(RECORDS, -1)
         assert loaded.test_y.tolist() == raw[:, 0].tolist()
+        train = [batches("binary")[f"{part}.bin"] for part in data.PARTS]
+        assert loaded.train_y.tolist() == [part[i * (1 + data.PIXELS)] for part in train for i in range(RECORDS)]
         # Standardised by channel with two numbers, which any two pixels give away.
         pixels = torch.tensor(raw[:, 1:].reshape(RECORDS, 3, -1), dtype=torch.float32)
         mine = loaded.test_x.flatten(2)
@@ -245,6 +269,12 @@ class TestCifar10:
         "missing": ("binary", "data_batch_3.bin", None, "data_batch_3.bin of CIFAR-10 .binary.* cannot be read"),
         "cut off": ("binary", "test_batch.bin", lambda x: x[:-7], r"has 18431 bytes: expected 18438, 6 records"),
         "label": ("binary", "test_batch.bin", lambda x: b"\x0b" + x[1:], "labels that are not integers from 0 to 9"),
+        "negative label": (
+            "python",
+            "data_batch_1",
+            lambda x: pickle.dumps({**pickle.loads(x), b"labels": [-1] * RECORDS}, protocol=2),
+            "labels that are not integers from 0 to 9",
+        ),
         "missing, python": ("python", "data_batch_3", None, "data_batch_3 of CIFAR-10 .python.* cannot be read"),
         "cut off, python": ("python", "data_batch_1", lambda x: x[:-7], "data_batch_1 is not a batch of CIFAR-10"),
         "not a pickle": ("python", "data_batch_1", lambda _: b"<html>\n", "is not a batch of CIFAR-10"),
@@ -321,6 +351,10 @@ class TestCifar10:
         assert training.steps_per_epoch(data.Data(x, x, x, x), CIFAR10) == EPOCH
         assert training.steps_per_epoch(data.Data(*load_digits()), DIGITS) == 11
 
+    def test_the_images_of_digits_are_shifted_by_a_pixel(self):
+        digits = data.load(DIGITS)
+        assert (digits.margin, digits.flips) == (1, False)
+
     def test_a_run(self, tmp_path, monkeypatch, capsys):
         """From the command line, with the paper's network; two steps."""
         root = folder_of(batches("binary"), tmp_path / "cifar-10-batches-bin")
@@ -349,6 +383,21 @@ def test_the_whole_loss_of_a_model_is_scale_invariant(name, cifar10):
         # 31 convolutions and the head; the 1×1 ones of the shortcuts are not counted.
         layers = [p for name, p in model.named_parameters() if "shortcut" not in name]
         assert len(layers) == 32
+        assert {len(p) for p in layers[:-1]} == {16, 32, 64}
+
+
+@pytest.mark.parametrize(("norm", "groups"), [("gn", [2, 2, 4, 8]), ("ln", [1, 1, 1, 1]), ("in", [8, 8, 16, 32])])
+def test_the_norms_of_the_vgg(norm, groups):
+    assert [norm.num_groups for norm in models.make(f"vgg-{norm}", DIGITS, 0).norms] == groups
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_an_initialisation_is_that_of_its_seed(name):
+    first, same, other = (
+        torch.cat([p.flatten() for p in models.make(name, DIGITS, s).parameters()]) for s in (0, 0, 1)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
 
 
 def kill(*_) -> None:
