@@ -114,6 +114,18 @@ class TestCheckpoints:
         assert [line["step"] for line in lines] == [str(t) for t in range(21)]
         assert [bool(line["test_error"]) for line in lines] == [t in (0, 11, 20) for t in range(21)]
 
+    def test_batches_differ_from_epoch_to_epoch_and_seed_to_seed(self, digits):
+        firsts = []
+        for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0)):
+            images, labels = training._Run(step_decay.sgd(self.setup), self.setup, seed, digits).batches(epoch)
+            firsts.append((next(images), next(labels)))
+        (x, y), (same_x, same_y), *others = firsts
+        assert torch.equal(x, same_x)
+        assert torch.equal(y, same_y)
+        for other_x, other_y in others:
+            assert not torch.equal(x, other_x)
+            assert not torch.equal(y, other_y)
+
     def test_a_checkpoint_of_another_run_is_refused(self, tmp_path, digits):
         setup = replace(self.setup, out=tmp_path, steps=2)
         list(training.train("run", step_decay.sgd(setup), setup, 0, digits))

@@ -100,7 +100,8 @@ class _Run:
 
     def batches(self, epoch: int) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
         """Images and labels; the same for every run of this seed, whichever epoch it begins with."""
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + epoch)
+        # A generator of the CPU takes no more than 32 bits of its seed.
+        generator = torch.Generator().manual_seed(self.seed * 2**16 + epoch)
         order = torch.randperm(len(self.data.train_x), generator=generator)
         chosen = order.split(self.setup.batch_size)
         images = (self.data.augmented(batch, generator) for batch in chosen)
