@@ -439,6 +439,9 @@ class TestCommand:
         assert done.stderr == ""
         assert {path.stem for path in tmp_path.glob("*.png")} == set(EXPERIMENTS)
         assert "412" in done.stdout  # of the toy example
+        toys = list(csv.DictReader((tmp_path / "steps" / "toy.csv").read_text().splitlines()))
+        assert len(toys) == 3 * toy.STEPS
+        assert (float(toys[0]["loss"]), float(toys[0]["intrinsic_lr"])) == (0.5, 0.05)
 
     def test_an_interruption(self, tmp_path):
         """As by Ctrl-C in a terminal, after the first checkpoint; also where these tests run in the background, and

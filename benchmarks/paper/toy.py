@@ -3,6 +3,7 @@
 Two weights, no momentum, from (1, 1). With BatchNorm the loss is w₁²/‖w‖², without it w₁²/2.
 """
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -60,8 +61,20 @@ def checks(curves: Mapping[str, Sequence[Curve]], setup: Setup) -> list[Check]:
     ]
 
 
+def write(path: Path) -> None:
+    """A CSV of every step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "step", *Toy._fields])
+        for name, toy in toys().items():
+            writer.writerows([name, step, *values] for step, values in enumerate(zip(*toy, strict=True)))
+
+
 def draw(title: str, labels: Mapping[str, str], curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """Loss and η/‖w‖² against the step, of the first thousand: they go on like that."""
+    """Loss and η/‖w‖² against the step, of the first thousand: they go on like that. All are written beside the runs
+    of the other experiments."""
+    write(path.parent / "steps" / "toy.csv")
     plt = results.pyplot()
     figure, (loss, intrinsic) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for name, toy in toys().items():
