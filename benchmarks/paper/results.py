@@ -135,7 +135,8 @@ STYLES = (
 def draw(
     title: str, labels: Mapping[str, str], curves: Mapping[str, Sequence[Curve]], path: Path, styles=STYLES
 ) -> None:
-    """Loss and test error, the LR and ‖w‖²/η̃ of every way of training against the epoch, the mean over the seeds."""
+    """Loss and test error, the LR and ‖w‖²/η̃ of every way of training against the epoch, the mean over the seeds. Of
+    the first two the scale is that of all but the first tenth of the run, where they fall from what chance gives."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
     for (name, seeds), style in zip(curves.items(), styles, strict=False):
@@ -147,6 +148,11 @@ def draw(
     axes[1].set(title="test error")
     axes[2].set(title=r"$\log_{10}$ of the learning rate")
     axes[3].set(title=r"$\|w\|^2$ / learning rate", yscale="log")
+    for panel in axes[:2]:
+        late = [y for line in panel.get_lines() for y in line.get_ydata()[len(line.get_ydata()) // 10 :]]
+        if all(map(math.isfinite, late)):
+            room = 0.05 * (max(late) - min(late)) or 0.05
+            panel.set_ylim(min(late) - room, max(late) + room)
     for panel in axes:
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.3)
