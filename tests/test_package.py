@@ -4,6 +4,7 @@ import ast
 import csv
 import importlib.metadata
 import importlib.util
+import math
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import texp
-from benchmarks import large_batch
+from benchmarks import large_batch, large_batch_report
 from texp.cli import run
 from texp.shapes import MODELS
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py")
 
+WHERE = {"device", "processor", "amp", "torch", "texp"}  # columns of large_batch.csv that are no numbers
 INSTALL = "pip install --no-build-isolation ."  # what README says, and what test_a_fresh_install runs
 
 
@@ -298,6 +300,30 @@ class TestReadme:
         made.pop("model")
         assert float(made["outputs_at_twice_the_weights"]) == pytest.approx(doubled[0], rel=0.05)
         assert made["halvings"] == records["VGG"]["halvings"]
+
+    def test_what_it_says_of_large_batches_is_that_of_the_records(self):
+        """Each figure is rounded, differences up."""
+        path = ROOT / "benchmarks" / "results" / "large_batch.csv"
+        rows = [
+            {name: value if name == "optimizer" else float(value) for name, value in row.items() if name not in WHERE}
+            for row in csv.DictReader(path.read_text().splitlines())
+        ]
+        texp_, torch_ = (
+            [run for run in large_batch_report.summaries(rows) if run["optimizer"] == name]
+            for name in ("texp", "torch")
+        )
+
+        def largest(field: str) -> float:
+            return max(abs(a[field] - b[field]) for a, b in zip(texp_, torch_, strict=True))
+
+        def shares(runs: list[dict]) -> list[str]:
+            found = [run["optimizer_share"] for run in runs]
+            return [f"{share:.1%}".replace("%", " %") for share in (min(found), max(found))]
+
+        said = f"within {math.ceil(largest('train_loss') * 1e4) / 1e4} of each other in the loss and "
+        said += f"{math.ceil(largest('test_accuracy') * 1e3) / 10} % in the accuracy; of a training step "
+        said += f"texp takes {' to '.join(shares(texp_))}, torch {' to '.join(shares(torch_))}."
+        assert said in " ".join(README.split())
 
     def test_its_files_exist(self):
         """What it links to and what its map of the repository names."""
