@@ -21,11 +21,26 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
-from benchmarks.paper import data, instant_decay, models, pool, results, step_decay, toy, training, ways
+from benchmarks.paper import (
+    cosine,
+    data,
+    fixed,
+    instant_decay,
+    models,
+    no_instant_decay,
+    norms,
+    pool,
+    results,
+    step_decay,
+    toy,
+    training,
+    ways,
+)
 from benchmarks.paper.__main__ import EXPERIMENTS, run
 from benchmarks.paper.setup import CIFAR10, DIGITS, EPOCH
 from texp.demo import load_digits
 from texp.schedules import EXP, TEXP
+from texp.theory import alpha_star
 
 ROOT = Path(__file__).parent.parent
 RECORDS = 6  # in each file of the small CIFAR-10
@@ -171,6 +186,18 @@ class TestCheckpoints:
             list(training.train("run", step_decay.sgd(setup), setup, 0, digits))
         assert "\n" not in str(raised.value)
 
+    def test_what_is_read(self, tmp_path, digits):
+        setup = replace(self.setup, out=tmp_path, steps=2)
+        list(training.train("run", step_decay.sgd(setup), setup, 0, digits))
+        path = training.path_of("run", setup, 0)
+        *lines, last = csv.DictReader(path.read_text().splitlines())
+        found = results.read(path)
+        assert found.loss == [float(line["loss"]) for line in lines]
+        assert found.log10_lr == [-1.0, -1.0]
+        norm2 = [sum(float(v) ** 2 for k, v in line.items() if k.startswith("norm ")) for line in lines]
+        assert found.norm2_over_lr == pytest.approx([value / DIGITS.lr for value in norm2])
+        assert found.test_error == {0: float(lines[0]["test_error"]), 2: float(last["test_error"])}
+
     def test_what_is_written_at_every_step(self, tmp_path, digits):
         """The functions are the same and so is the intrinsic LR, up to α; weights are those of SGD times P."""
         # With a decay that makes P pass 2.
@@ -196,13 +223,99 @@ class TestCheckpoints:
                     )
 
 
-def test_phases_shorter_than_the_window_of_a_mean():
-    setup = DIGITS.shortened(100)
-    assert setup.milestones == (33, 67)
-    curve = results.Curve([2.0] * 33 + [1.0] * 67, [0.0] * 100, [1.0] * 100, {})
-    instant, sgd = instant_decay.checks({"step-sgd": [curve], "instant-only": [curve]}, setup)
-    assert instant.value == pytest.approx((16 * 2 + 34 * 1) / 50 / 2 - 1)
-    assert sgd.value == -instant.value
+def curve(loss: list[float], norm2_over_lr: list[float] | None = None) -> results.Curve:
+    return results.Curve(loss, [0.0] * len(loss), norm2_over_lr or [1.0] * len(loss), {})
+
+
+def values(module, setup, **curves: results.Curve) -> list[float]:
+    """What an experiment measures; curves: by the names of its runs, with _ for -."""
+    named = {name.replace("_", "-"): [each] for name, each in curves.items()}
+    assert list(named) == list(module.runs(setup))
+    return [check.value for check in module.checks(named, setup)]
+
+
+class TestMeasured:
+    """Of curves made by hand, with phases of 100 steps."""
+
+    setup = DIGITS.shortened(300)
+    flat = curve([1.0] * 300)
+    off = curve([1.0] * 299 + [1.5])
+
+    def test_a_check(self):
+        held = [results.Check("", value, 1.0, 2.0).holds for value in (0.9, 1.0, 2.0, 2.1, math.nan)]
+        assert held == [False, True, True, False, False]
+
+    def test_means_and_differences(self):
+        a, b = curve([1.0, 2.0], [3.0, 4.0]), curve([3.0, 6.0], [5.0, 8.0])
+        assert results.average([a, b]) == curve([2.0, 4.0], [4.0, 6.0])
+        assert results.largest_difference([a, b], [a, a]) == 4.0
+        falling = curve([4.0] * 50 + [2.0] * 50)
+        assert results.averaged_difference(falling, curve([4.0] * 50 + [2.5] * 50)) == pytest.approx(0.2)
+        assert results.averaged_difference(falling, curve([5.0] * 50 + [2.0] * 50), 50) == 0
+
+    def test_fixed(self):
+        norms = [10.0] * 50 + [2.0] * 49 + [3.0] + [10.0] * 200
+        growth, texp_sgd, corrected, *varied = values(
+            fixed,
+            self.setup,
+            fixed_sgd=self.flat,
+            fixed_exp=curve(self.flat.loss, norms),
+            fixed_exp_corrected=curve([1.25] + [1.0] * 299),
+            fixed_texp_sgd=self.off,
+        )
+        assert growth == pytest.approx(1.4812, abs=5e-5)
+        assert (texp_sgd, corrected, varied) == (0.5, 0.25, [0.0, 0.5])
+
+    def test_step_decay(self):
+        assert values(
+            step_decay,
+            self.setup,
+            step_sgd=self.flat,
+            step_texp=curve([1.25] * 50 + [1.0] * 200 + [0.875] * 50),
+            step_texp_corrected=self.off,
+            step_texp_sgd=curve([1.25] + [1.0] * 299),
+        ) == [0.25, 0.125, 0.5, 0.25]
+
+    def test_instant_decay(self):
+        sgd, instant = curve([4.0] * 100 + [3.0] * 200), curve([4.0] * 100 + [1.0] * 50 + [5.0] * 150)
+        assert values(instant_decay, self.setup, step_sgd=sgd, instant_only=instant) == [0.25, 0.25]
+
+    def test_phases_shorter_than_the_window_of_a_mean(self):
+        setup = DIGITS.shortened(100)
+        assert setup.milestones == (33, 67)
+        both = curve([2.0] * 33 + [1.0] * 67)
+        instant, sgd = values(instant_decay, setup, step_sgd=both, instant_only=both)
+        assert instant == pytest.approx((16 * 2 + 34 * 1) / 50 / 2 - 1)
+        assert sgd == -instant
+
+    def test_no_instant_decay(self):
+        slow = curve([9.0] * 100 + [1.5] * 50 + [1.0] * 150)
+        assert values(no_instant_decay, self.setup, step_sgd=self.flat, no_instant=slow) == [0.25]
+
+    def test_cosine(self):
+        other = curve([1.25] + [1.0] * 299)
+        curves = {"cosine_sgd": self.flat, "cosine_translated": self.off, "cosine_texp_sgd": other}
+        assert values(cosine, self.setup, **curves) == [0.5, 0.25]
+
+    def test_norms(self):
+        off = {"gn": 1.5, "ln": 1.25, "in": 3.0}
+        curves = {}
+        for norm, value in off.items():
+            curves |= {f"{norm}_sgd": self.flat, f"{norm}_texp_sgd": curve([value] + [1.0] * 299)}
+        assert values(norms, self.setup, **curves) == [0.5, 0.25, 2.0]
+
+    def test_the_growing_schedules_that_are_compared(self):
+        """The factor of the LR within the first two phases, and from one to the other."""
+        factors = {}
+        for module in (fixed, instant_decay, no_instant_decay):
+            for name, way in module.runs(self.setup).items():
+                factors[name] = [way.lrs[t + 1] / way.lrs[t] for t in (50, 150, 99)]
+        fast, slow = (
+            alpha_star(lr, DIGITS.weight_decay, DIGITS.momentum) ** -2 for lr in (DIGITS.lr, DIGITS.lr / 10)
+        )
+        assert factors["fixed-exp"] == pytest.approx([fast, fast, fast])
+        assert factors["instant-only"] == pytest.approx([fast, fast, fast / 10])
+        assert factors["no-instant"] == pytest.approx([fast, slow, math.sqrt(fast * slow)])
 
 
 def test_on_a_gpu_convolutions_are_deterministic_and_in_float32(monkeypatch):
@@ -360,7 +473,9 @@ class TestCifar10:
 
     def test_an_epoch_is_that_of_the_paper(self):
         x = torch.empty(50_000)
-        assert training.steps_per_epoch(data.Data(x, x, x, x), CIFAR10) == EPOCH
+        assert training.steps_per_epoch(data.Data(x, x, x, x), CIFAR10) == EPOCH == 391
+        assert (CIFAR10.lr, CIFAR10.momentum, CIFAR10.weight_decay, CIFAR10.batch_size) == (0.1, 0.9, 5e-4, 128)
+        assert [t / EPOCH for t in (*CIFAR10.milestones, CIFAR10.steps)] == [80, 120, 160]
         assert training.steps_per_epoch(data.Data(*load_digits()), DIGITS) == 11
 
     def test_the_images_of_digits_are_shifted_by_a_pixel(self):
