@@ -587,6 +587,9 @@ class TestCommand:
         assert captured.err == "benchmarks.paper: 1 of 1 shapes do not hold: toy: the loss\n"
         assert re.search(r"the loss .* NO", captured.out)
         assert (tmp_path / "checks.csv").read_text().endswith("the loss,2,-inf,1,False\n")
+        # Of fewer seeds, or shorter runs, it is measured and not asserted.
+        assert run(["toy", "--out", str(tmp_path), "--seeds", "2"]) == 0
+        assert run(["toy", "--out", str(tmp_path), "--steps", "1500"]) == 0
 
     ERRORS = {
         "no name": ([], 2, "Missing argument .name."),
