@@ -157,7 +157,8 @@ class TestCheckpoints:
         list(training.train("run", step_decay.sgd(setup), setup, 0, digits))
         setup.out.rename(tmp_path / "there")
         moved = replace(setup, out=tmp_path / "there")
-        assert list(training.train("run", step_decay.sgd(moved), moved, 0, digits)) == []
+        renamed = replace(step_decay.sgd(moved), label="by another name")
+        assert list(training.train("run", renamed, moved, 0, digits)) == []
 
     def test_the_test_error_is_the_share_of_wrong_answers(self, digits):
         run = training._Run(step_decay.sgd(self.setup), self.setup, 0, digits)
@@ -251,7 +252,7 @@ class TestMeasured:
         assert results.largest_difference([a, b], [a, a]) == 4.0
         falling = curve([4.0] * 50 + [2.0] * 50)
         assert results.averaged_difference(falling, curve([4.0] * 50 + [2.5] * 50)) == pytest.approx(0.2)
-        assert results.averaged_difference(falling, curve([5.0] * 50 + [2.0] * 50), 50) == 0
+        assert results.averaged_difference(falling, falling) == 0
 
     def test_fixed(self):
         norms = [10.0] * 50 + [2.0] * 49 + [3.0] + [10.0] * 200
@@ -271,10 +272,10 @@ class TestMeasured:
             step_decay,
             self.setup,
             step_sgd=self.flat,
-            step_texp=curve([1.25] * 50 + [1.0] * 200 + [0.875] * 50),
+            step_texp=curve([1.0] * 250 + [0.875] * 50),
             step_texp_corrected=self.off,
             step_texp_sgd=curve([1.25] + [1.0] * 299),
-        ) == [0.25, 0.125, 0.5, 0.25]
+        ) == [0.125, 0.5, 0.25]
 
     def test_instant_decay(self):
         sgd, instant = curve([4.0] * 100 + [3.0] * 200), curve([4.0] * 100 + [1.0] * 50 + [5.0] * 150)

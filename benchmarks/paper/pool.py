@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
@@ -23,7 +24,10 @@ def train_all(tasks: list[tuple[str, Way, Setup, int, int]], jobs: int, console:
         bar = progress.add_task("runs", total=len(tasks))
         if jobs == 1:
             for task in tasks:
-                _train(*task)
+                name, way, _, seed, _ = task
+                steps = progress.add_task(f"{name}, seed {seed}", total=len(way.lrs))
+                _train(*task, lambda t, steps=steps: progress.update(steps, completed=t + 1))
+                progress.remove_task(steps)
                 progress.advance(bar)
             return
         # Not forked: torch's threads do not survive that. An interruption is for this process to see.
@@ -42,14 +46,16 @@ def train_all(tasks: list[tuple[str, Way, Setup, int, int]], jobs: int, console:
                 raise
 
 
-def _train(key: str, way: Way, setup: Setup, seed: int, threads: int) -> None:
-    """Without a word: what it has to say is in its CSV."""
+def _train(
+    name: str, way: Way, setup: Setup, seed: int, threads: int, tell: Callable[[int], object] = lambda t: None
+) -> None:
+    """What it has to say is in its CSV; `tell` gets the number of each step taken."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         # On a GPU too, a run that is taken up again has the same curve, and float32 is not TF32.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            for _ in train(key, way, setup, seed, data.load(setup)):
-                pass
+            for t in train(name, way, setup, seed, data.load(setup)):
+                tell(t)
     finally:
         torch.set_num_threads(before)

@@ -88,8 +88,9 @@ class _Run:
 
     def __init__(self, way: Way, setup: Setup, seed: int, data: Data) -> None:
         self.way, self.setup, self.seed, self.data = way, setup, seed, data
-        # Where a run is kept, and on which device it goes on, do not make it another one.
-        self.settings = hashlib.sha256(repr((way, replace(setup, out=None, root=None, device=""), seed)).encode())
+        # What it is called, where it is kept, and on which device it goes on, do not make it another run.
+        what = replace(way, label=""), replace(setup, out=None, root=None, device=""), seed
+        self.settings = hashlib.sha256(repr(what).encode())
         self.model = models.make(way.model, setup, seed)
         self.weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         params, arguments = self.weights.values(), {"momentum": setup.momentum, "weight_decay": way.weight_decay}
