@@ -32,7 +32,8 @@ class DeviceWalk {
   DeviceWalk(const OnDevice& on_device, bool capturing, const py::object& kernel)
       : on_device_(on_device), capturing_(capturing), kernel_(kernel), plan_(rows_, on_device.states.device()) {}
 
-  // Walks over the groups and changes nothing. Returns why the step cannot be taken in this way, or null.
+  // Walks over the groups and changes nothing. Returns why the step cannot be taken in this way, or null;
+  // the text lives as long as this object.
   const char* walk(const py::list& groups, const py::dict& state) {
     const char* why = nullptr;
     try {
@@ -196,17 +197,24 @@ class DeviceWalk {
     const at::Tensor& p = THPVariable_Unpack(param.object);
     if (param.buf != nullptr) {
       if (!THPVariable_CheckExact(param.buf)) return "a momentum buffer is not a plain tensor";
-      return plan_.take(p, param.grad, &THPVariable_Unpack(param.buf), kUnknownRow).why;
+      return told(plan_.take(p, param.grad, &THPVariable_Unpack(param.buf), kUnknownRow));
     }
-    if (!starts) return plan_.take(p, param.grad, nullptr, kUnknownRow).why;
+    if (!starts) return told(plan_.take(p, param.grad, nullptr, kUnknownRow));
     // Memory made in a capture would be set to 0 again by each replay.
     if (capturing_) return "a parameter has no momentum buffer yet; take a step before the capture";
-    if (const char* why = unwritable(p)) return why;
+    if (const char* why = unwritable(p)) return told({"the parameter", why});
     const c10::InferenceMode normal(false);
     const at::Tensor buf = at::zeros_like(p);
     const Refusal refusal = plan_.take(p, param.grad, &buf, kUnknownRow);
     if (!refusal) new_bufs_.push_back({py::reinterpret_borrow<py::object>(param.object), buf, {}});
-    return refusal.why;
+    return told(refusal);
+  }
+
+  // As a clause; null if there is none.
+  const char* told(const Refusal& refusal) {
+    if (!refusal) return nullptr;
+    told_ = std::string(refusal.who) + ' ' + refusal.why;
+    return told_.c_str();
   }
 
   void push(cuda::Kind kind, int32_t slot, int flags) {
@@ -228,6 +236,7 @@ class DeviceWalk {
   std::vector<cuda::Tensor> tensors_;
   std::vector<cuda::Group> groups_;
   std::vector<NewBuf> new_bufs_;
+  std::string told_;
 };
 
 }  // namespace texp
