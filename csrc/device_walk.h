@@ -2,8 +2,8 @@
 // step, or the replay of a captured one, needs no word from the host.
 #pragma once
 
-#include <ATen/NativeFunctions.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>

@@ -2,8 +2,8 @@
 // the kernel.
 #pragma once
 
-#include <ATen/NativeFunctions.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
