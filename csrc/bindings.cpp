@@ -20,10 +20,10 @@ namespace {
 
 // Takes one step of all tensors that the kernel can take, and returns the list of the others (see Walk::left).
 //
-// `check` is called with that list, if it is not empty, before anything is changed; it may raise. cpu, cuda: tensors of
-// which devices may be taken. kernel: see csrc/launch.h; None: those of this library.
-py::list step(const py::list& groups, const py::dict& state, double grad_scale, const py::object& check, bool cpu,
-              bool cuda, const py::object& kernel) {
+// `check` is called with that list, if it is not empty, before anything is changed; it may raise. cpu, cuda: who takes
+// tensors there: False for nobody, True for the kernel of this library, or one that is called, see csrc/launch.h.
+py::list step(const py::list& groups, const py::dict& state, double grad_scale, const py::object& check,
+              const py::object& cpu, const py::object& cuda) {
   at::NoGradGuard no_grad;
   thread_local Walk kept;
   std::optional<Walk> own;  // where `check` or a hook steps another optimizer meanwhile
@@ -37,7 +37,7 @@ py::list step(const py::list& groups, const py::dict& state, double grad_scale, 
       walk.busy = false;
     }
   } busy(walk);
-  walk.walk(groups, state, grad_scale, cpu, cuda, kernel);
+  walk.walk(groups, state, grad_scale, Taker(cpu), Taker(cuda));
   const py::list left = walk.left();
   if (PyList_GET_SIZE(left.ptr()) != 0) check(left);
   try {
@@ -124,7 +124,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The C++ core of texp; see texp/optimizer.py and texp/backends.py.";
   module.def("observed", &at::hasCallbacks, "Whether a profiler or another observer is to see the next step.");
   module.def("step", &texp::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"), py::arg("check"),
-             py::arg("cpu") = true, py::arg("cuda") = false, py::arg("kernel") = py::none());
+             py::arg("cpu") = true, py::arg("cuda") = false);
   module.def("step_on_device", &texp::step_on_device, py::arg("groups"), py::arg("state"), py::arg("states"),
              py::arg("started"), py::arg("ticket"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("capturing"),
              py::arg("kernel") = py::none());

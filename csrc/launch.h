@@ -39,7 +39,7 @@ py::bytearray bytes_of(const std::vector<T>& table) {
 
 // Gives a plan to a kernel that is called from Python: with the device ("cuda:0", say), a cuda::Tensor for each tensor, and
 // the rows.
-inline void launch(Plan& plan, const Rows& rows, const py::object& kernel) {
+inline void launch(Plan& plan, const Rows& rows, py::handle kernel) {
   if (plan.items().empty()) return;
   kernel(plan.device().str(), bytes_of(table_of(plan, rows)), bytes_of(rows.wide));
   plan.write_back();

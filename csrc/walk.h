@@ -47,6 +47,17 @@ struct Advanced {
   }
 };
 
+// Who takes the tensors on a device: nobody, a kernel of this library, or one that is called from Python.
+struct Taker {
+  bool takes = false;
+  py::handle kernel;  // null: that of this library
+
+  Taker() = default;
+  explicit Taker(const py::object& given) : takes(given.ptr() != Py_False) {
+    if (!py::isinstance<py::bool_>(given)) kernel = given;
+  }
+};
+
 // The walk over the groups, and what it found.
 class Walk {
  public:
@@ -59,12 +70,10 @@ class Walk {
     reader_.careful = Reader::always_careful;
   }
 
-  // Walks over the groups and changes nothing. cpu, cuda: whether tensors there may be taken. kernel: takes the place of
-  // those of this library, if it is not None.
-  void walk(const py::list& groups, const py::dict& state, double grad_scale, bool cpu, bool cuda, const py::object& kernel) {
+  // Walks over the groups and changes nothing. cpu, cuda: who takes the tensors there.
+  void walk(const py::list& groups, const py::dict& state, double grad_scale, const Taker& cpu, const Taker& cuda) {
     cpu_ = cpu;
     cuda_ = cuda;
-    kernel_ = kernel.is_none() ? nullptr : &kernel;
     watched_ = c10::impl::TorchDispatchModeTLS::any_modes_set();
     try {
       walk_once(groups, state, grad_scale);
@@ -80,7 +89,7 @@ class Walk {
     }
     // From here on Python code may run: what is left to the reference is looked at, state is made for new buffers, or
     // another thread has the interpreter.
-    if (!left_.empty() || !new_bufs_.empty() || on_cpu_.lends_interpreter() || kernel_ != nullptr) hold();
+    if (!left_.empty() || !new_bufs_.empty() || on_cpu_.lends_interpreter() || cpu_.kernel || cuda_.kernel) hold();
   }
 
   // (group index, why, row, param, grad, buffer or None, whether it is yet to be made) of each tensor that the kernel
@@ -113,10 +122,14 @@ class Walk {
   }
 
   void run() {
-    if (kernel_ != nullptr) {
-      for_each_plan([&](Plan& plan) { launch(plan, rows_, *kernel_); });
+    for (auto& plan : on_cuda_) cuda_.kernel ? launch(*plan, rows_, cuda_.kernel) : launch(*plan, rows_);
+    if (cpu_.kernel) {
+      launch(on_cpu_, rows_, cpu_.kernel);
+    } else if (on_cpu_.lends_interpreter()) {
+      const py::gil_scoped_release release;
+      on_cpu_.run();
     } else {
-      run_kernels();
+      on_cpu_.run();
     }
     for_each_plan([](Plan& plan) { plan.bump_versions(); });
     for (const auto& [stored, i] : rescaled_) stored.write(steps_[i].scale, steps_[i].step.scale, !held_);
@@ -125,16 +138,6 @@ class Walk {
   }
 
  private:
-  void run_kernels() {
-    for (auto& plan : on_cuda_) launch(*plan, rows_);
-    if (on_cpu_.lends_interpreter()) {
-      const py::gil_scoped_release release;
-      on_cpu_.run();
-    } else {
-      on_cpu_.run();
-    }
-  }
-
   struct Left {
     Py_ssize_t group;
     Refusal refusal;
@@ -191,7 +194,7 @@ class Walk {
     }
     if (!steps) return;
 
-    if (reader_.flag(required(group, key.capturable))) py::module_::import("texp.backends").attr("check_capturable")("reference");
+    if (reader_.flag(required(group, key.capturable))) py::module_::import("texp.backends").attr("refuse_capturable")();
     const Hyperparameters h = reader_.hyperparameters(group, index);
     const StoredScale stored(group);
     const Scale scale = reader_.scale(stored, index);
@@ -277,8 +280,8 @@ class Walk {
 
   // Null: tensors there are not taken.
   Plan* plan_of(c10::Device device) {
-    if (device.is_cpu()) return cpu_ ? &on_cpu_ : nullptr;
-    if (!device.is_cuda() || !cuda_) return nullptr;
+    if (device.is_cpu()) return cpu_.takes ? &on_cpu_ : nullptr;
+    if (!device.is_cuda() || !cuda_.takes) return nullptr;
     for (auto& plan : on_cuda_)
       if (plan->device() == device) return plan.get();
     return on_cuda_.emplace_back(std::make_unique<Plan>(rows_, device)).get();
@@ -295,8 +298,7 @@ class Walk {
   std::vector<Left> left_;           // what the kernel does not take
   std::vector<py::object> objects_;  // kept alive
   std::deque<at::Tensor> grads_of_left_;
-  bool cpu_ = true, cuda_ = true;
-  const py::object* kernel_ = nullptr;  // of the caller; null: those of this library
+  Taker cpu_, cuda_;
   bool watched_ = false;  // by a TorchDispatchMode
   bool held_ = false;     // whether everything is kept alive, so that Python code may run
 };

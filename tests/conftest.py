@@ -21,10 +21,7 @@ hypothesis.settings.register_profile("search", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 
-def pytest_configure() -> None:
-    """TEXP_NATIVE=1 asks for the C++ core: without it, its tests would be skipped."""
-    if os.environ.get("TEXP_NATIVE") == "1" and texp.backends.core(None) is None:
-        raise pytest.UsageError(f"TEXP_NATIVE=1 was requested, but {texp.backends.available()['cpu']}")
+texp.backends.core()  # built now if need be, so that no test waits for it; raises where TEXP_NATIVE=1 and it cannot be
 
 
 @dataclass(frozen=True)

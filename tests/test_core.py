@@ -18,7 +18,7 @@ from texp import reference, theory
 from texp.reference import Entry
 from texp.theory import Row, Scale
 
-core = texp.backends.core(None)
+core = texp.backends.core()
 pytestmark = pytest.mark.skipif(core is None, reason=f"without the C++ core: {texp.backends.available()['cpu']}")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

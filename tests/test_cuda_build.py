@@ -85,7 +85,7 @@ def test_why_it_was_left_out_is_recorded(tmp_path, changes, reason):
 
 @pytest.mark.slow
 def test_a_kernel_that_does_not_compile_leaves_the_core(tmp_path):
-    if backends.core(None) is None:
+    if backends.core() is None:
         pytest.skip(backends.available()["cpu"])
     sources, lib = copy_of_the_sources(tmp_path / "sources"), tmp_path / "lib"
     home = fake_nvcc(tmp_path / "cuda", "echo 'nvcc fatal : so it is'")
@@ -152,7 +152,7 @@ class TestTheReason:
     @pytest.mark.parametrize("backend", [None, "cpu", "reference"])
     def test_is_not_looked_for_by_other_backends(self, monkeypatch, backend):
         """To ask CUDA is slow, and forked processes could no longer use it."""
-        if backend == "cpu" and backends.core(None) is None:
+        if backend == "cpu" and backends.core() is None:
             pytest.skip(backends.available()["cpu"])
         monkeypatch.setitem(backends._REASONS, "cuda", lambda: pytest.fail("CUDA was asked"))
         texp.SGD([backends.torch.nn.Parameter(backends.torch.ones(3))], lr=0.1, backend=backend)
@@ -160,7 +160,7 @@ class TestTheReason:
 
 @pytest.mark.nvcc
 def test_the_core_links_it():
-    core = backends.core(None)
+    core = backends.core()
     if core is None:
         pytest.skip(backends.available()["cpu"])
     if not core.with_cuda:

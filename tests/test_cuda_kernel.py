@@ -22,7 +22,7 @@ from texp.theory import Hyperparameters, Row, Scale
 
 ROOT = Path(__file__).parents[1]
 COMPILER = (os.environ.get("CXX") or "c++").split()[0]
-core = texp.backends.core(None)
+core = texp.backends.core()
 pytestmark = [
     pytest.mark.skipif(core is None, reason=f"without the C++ core: {texp.backends.available()['cpu']}"),
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"there is no C++ compiler {COMPILER!r}"),
@@ -393,7 +393,7 @@ def test_whole_steps_with_and_without_a_scaler(kernel, name, dtype):
         groups = [{"params": params[:3], "norm_stats": [(stat, 2)]}, {"params": params[3:], "lr": 0.05}]
         optimizer = texp.SGD(groups, backend="cpu", **ARGUMENTS[name])
         if launcher is not None:
-            optimizer._kernels = Kernels(cpu=True, scale_on="cpu", launcher=launcher)
+            optimizer._kernels = Kernels(core, cpu=launcher.step, scale_on="cpu", launcher=launcher)
         for t in range(14):
             torch.manual_seed(100 + t)
             for i, p in enumerate(params):

@@ -10,7 +10,7 @@ import texp
 from tests.conftest import relative_error
 from tests.states import param
 
-core = texp.backends.core(None)
+core = texp.backends.core()
 needs_core = pytest.mark.skipif(core is None, reason=f"without the C++ core: {texp.backends.available()['cpu']}")
 
 

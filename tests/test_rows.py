@@ -21,7 +21,7 @@ def foreach(row, entries):
 
 
 def core(row, entries):
-    backends.core("cpu").apply(row, entries)
+    backends.core().apply(row, entries)
 
 
 def triton(row, entries):
@@ -36,7 +36,7 @@ def unless(reason: str | None) -> list:
     return [] if reason is None else [pytest.mark.skip(reason=reason)]
 
 
-NO_CORE = "without the C++ core" if backends.core(None) is None else None
+NO_CORE = "without the C++ core" if backends.core() is None else None
 NO_TRITON = backends.available()["triton"] if backends.available()["triton"] != "ok" else None
 if NO_TRITON is None and not INTERPRETED:
     NO_TRITON = "Triton's interpreter is not asked for: TRITON_INTERPRET=1"

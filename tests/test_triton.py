@@ -27,7 +27,7 @@ REASON = backends.available()["triton"]
 if REASON == backends.OK and not INTERPRETED:
     REASON = "Triton's interpreter is not asked for: TRITON_INTERPRET=1"
 interpreter = pytest.mark.skipif(REASON != backends.OK, reason=REASON)
-core = backends.core(None)
+core = backends.core()
 needs_core = pytest.mark.skipif(core is None, reason=f"without the C++ core: {backends.available()['cpu']}")
 
 
@@ -249,7 +249,7 @@ def test_a_launch_that_fails_changes_nothing(monkeypatch, of, capturable):
         [nn.Parameter(torch.ones(3))], 0.1, 0.9, scale_invariant=True, backend="triton", capturable=capturable
     )
     if of == "walk":
-        optimizer._core = Walk()
+        optimizer._kernels = optimizer._kernels._replace(core=Walk())
     (p,) = optimizer.param_groups[0]["params"]
     p.grad = torch.ones(3)
     monkeypatch.setattr(launch, "_launch", fail)

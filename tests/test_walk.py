@@ -69,7 +69,7 @@ def test_both_walks_ask_the_same_of_a_kernel():
         torch.manual_seed(0)
         optimizer = optimizer_in_mid_run()
         calls = []
-        assert not of.step(optimizer.param_groups, optimizer.state, 4.0, None, True, False, recorder(calls))
+        assert not of.step(optimizer.param_groups, optimizer.state, 4.0, None, recorder(calls), False)
         ((device, tensors, rows),) = calls
         told.append((device, decoded(tensors, rows), [scale_of(group) for group in optimizer.param_groups]))
     of_core, of_walk = told
@@ -147,7 +147,7 @@ def test_the_walk_in_python_sees_every_change(edits):
         params = [nn.Parameter(torch.full((4, 3), 1.0 + i, dtype=torch.float64)) for i in range(2)]
         optimizer = texp.SGD([{"params": [p]} for p in params], lr=0.1, momentum=0.9, backend=backend)
         if backend == "triton":
-            optimizer._core = Walk()
+            optimizer._kernels = optimizer._kernels._replace(core=Walk())
         for edit, which in (("nothing", 0), ("nothing", 0), *edits):
             for p in params:
                 p.grad = p.grad if p.grad is not None else torch.full_like(p, 0.5)
@@ -199,7 +199,7 @@ def test_both_walks_refuse_the_same(what, where, capturable):
         optimizer = texp.SGD(
             [{"params": [first]}, {"params": [p]}], 0.1, 0.9, backend="triton", capturable=capturable
         )
-        optimizer._core = of
+        optimizer._kernels = optimizer._kernels._replace(core=of)
         first.grad = torch.ones(4)
         p.grad = torch.ones(4).to(p.dtype) if where == "buffer" or what != "inference" else torch.ones(4)
         if where == "buffer":

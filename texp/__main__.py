@@ -2,9 +2,13 @@
 
 import sys
 
+from texp import native
+
 
 def main() -> None:
     """Runs the command line; says in one line what to install where its libraries are missing."""
+    if sys.argv[1:] == ["build"]:  # in container images there are often no libraries of the command line
+        sys.exit(native.main())
     try:
         from texp.cli import run
     except ModuleNotFoundError as error:
@@ -12,7 +16,7 @@ def main() -> None:
             raise
         sys.exit(
             f'texp: the command line needs {error.name}: install texp with the extra "demo", as in '
-            'pip install --no-build-isolation ".[demo]"'
+            "pip install '.[demo]'"
         )
     sys.exit(run())
 

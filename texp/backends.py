@@ -1,32 +1,28 @@
 """Which backend takes a step, and why the others do not.
 
-Backends for the tensors of one device share a step: each tensor goes to the best that can take it.
+By default tensors on the CPU are stepped by the C++ core, tensors on a GPU by the CUDA kernel, or by Triton where
+that cannot be used, and what none of them can take by texp.reference, in plain torch.
 """
 
 import functools
 import importlib
 import importlib.machinery
 import importlib.util
-import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch  # also: its libraries before those of the core
+import torch
+
+from texp import native
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # in the order in which they are preferred
 
+ON_DEVICE = ("cuda", "triton")  # those that can keep P and κ on a GPU
+
 OK = "ok"
-
-REINSTALL = "reinstall with TEXP_NATIVE=1 pip install --no-build-isolation ."
-
-
-def _import(name: str) -> ModuleType | None:
-    """texp.`name`, if it is in this folder: finders of editable installs would go on to look in another checkout."""
-    full_name = f"texp.{name}"
-    found = importlib.machinery.PathFinder.find_spec(full_name, [os.path.dirname(__file__)])
-    return importlib.import_module(full_name) if found else None
 
 
 def _import_kernels() -> ModuleType:
@@ -46,43 +42,34 @@ def _import_kernels() -> ModuleType:
     return importlib.import_module("texp.kernels.launch")
 
 
-def _load() -> tuple[ModuleType | None, str]:
-    """The C++ core, or None and the reason. TEXP_NATIVE=0 in the environment turns it off, too."""
-    if os.environ.get("TEXP_NATIVE") == "0":
-        return None, "TEXP_NATIVE=0 turns the C++ core off"
-    try:
-        core = _import("_C")
-    except ImportError as error:
-        return None, f"the C++ core was built but does not load: {error}; {REINSTALL}"
-    if core is not None:
-        return core, OK
-    return None, f"the C++ core was not built: {_left_out('NO_CORE')}; {REINSTALL}"
+def core() -> ModuleType | None:
+    """The C++ core, which is built if need be; None where it cannot be had, and `available` says why."""
+    return native.load(may_build=True)
 
 
-def _left_out(part: str) -> str:
-    """Why setup.py left out a part: NO_CORE or NO_CUDA."""
-    return getattr(_import("_build"), part, "") or "texp is run from sources that were not installed"
-
-
-_C, _CORE = _load()
+def _cpu() -> str:
+    core = native.load(may_build=False)
+    return OK if core is not None else f"there is no C++ core: {native.why_missing('TEXP_NATIVE')}"
 
 
 # Only when the reason is asked for: it loads the driver, after which a forked process can use no GPU.
 @functools.cache
-def _cuda_devices() -> tuple[int, str | None]:
-    return _C.cuda_devices()
+def _cuda_devices(core: ModuleType) -> tuple[int, str | None]:
+    return core.cuda_devices()
 
 
 def _cuda() -> str:
-    if _C is None:
-        return _CORE
-    if not _C.with_cuda:
-        reinstall = REINSTALL.replace("TEXP_NATIVE", "TEXP_CUDA")
-        return f"the CUDA kernel was not built: {_left_out('NO_CUDA')}; {reinstall}"
-    devices, error = _cuda_devices()
+    if (why := _cpu()) != OK:
+        return why
+    core = native.core()
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is built for ROCm, whose GPUs the Triton kernels serve"
+    if not core.with_cuda:
+        return f"the CUDA kernel was not built: {native.why_missing('TEXP_CUDA')}"
+    devices, error = _cuda_devices(core)
     if devices < 1:
         return f"the CUDA kernel was built, but no device: {error or 'CUDA sees none'}"
-    if torch.version.cuda is None:
+    if not torch.backends.cuda.is_built():
         return f"the CUDA kernel was built, but torch {torch.__version__} was not: it has no CUDA tensors"
     return OK
 
@@ -105,67 +92,87 @@ def _triton_kernels() -> tuple[ModuleType | None, str]:
     return kernels, OK
 
 
-_REASONS = {
-    "cuda": _cuda,
-    "triton": lambda: _triton_kernels()[1],
-    "cpu": lambda: _CORE,
-    "reference": lambda: OK,
-}
+_REASONS = {"cuda": _cuda, "triton": lambda: _triton_kernels()[1], "cpu": _cpu, "reference": lambda: OK}
 
 
 def available() -> dict[str, str]:
-    """For each backend "ok", or the reason why it cannot be used here."""
+    """For each backend "ok", or the reason why it cannot be used here. Builds nothing."""
     return {name: _REASONS[name]() for name in NAMES}
 
 
-def core(name: str | None):
-    """What walks over the parameters of a new optimizer in steps by backend=`name`: the C++ core, or a texp.walk.Walk
-    in its place, or None if steps are taken by `texp.reference` alone.
+def default_for(device_type: str) -> str:
+    """The backend that steps tensors on such a device, "cpu" or "cuda", by default."""
+    if device_type == "cuda":
+        return for_gpu()
+    return "cpu" if _cpu() == OK else "reference"
 
-    Raises ValueError for an unknown name and RuntimeError, with the reason, for one that is not available: a
-    backend that was asked for by name never falls back to another.
+
+class Kernels(NamedTuple):
+    """What an optimizer takes its steps with."""
+
+    core: Any = None
+    """What walks over the parameters: the C++ core, or a texp.walk.Walk in its place; None: texp.reference alone."""
+    cpu: bool | Callable = False
+    """Who takes tensors on the CPU: no kernel, that of the core (True), or one to be called with the tables."""
+    cuda: bool | Callable = False
+    """The same for tensors on GPUs."""
+    scale_on: str | None = None
+    """The type of device that can hold P and κ."""
+    launcher: Any = None
+    """The texp.kernels.launch.Launcher of the Triton kernels; None: not theirs."""
+
+
+def kernels(name: str | None, gpus: Iterable[torch.device] = ()) -> Kernels:
+    """For a new optimizer with backend=`name` and parameters on these GPUs. Builds the C++ core if need be.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for one that is not available: a backend
+    that was asked for by name never falls back to another.
     """
     if name is not None and name not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    core_ = None if name == "reference" else core()
     if name is not None and _REASONS[name]() != OK:
         reasons = available()
         usable = ", ".join(repr(other) for other in NAMES if reasons[other] == OK)
         raise RuntimeError(f"backend={name!r} was requested, but {reasons[name]}; available here: {usable}")
-    if name == "triton" and _C is None:
-        return importlib.import_module("texp.walk").Walk()
-    return None if name == "reference" else _C
-
-
-class Kernels(NamedTuple):
-    """What steps by a backend are taken with."""
-
-    cpu: bool = False  # tensors on the CPU
-    cuda: bool = False  # and on GPUs
-    scale_on: str | None = None  # type of device that can hold P and κ
-    launcher: Any = None  # texp.kernels.launch.Launcher; None: the kernels of the core
-
-
-def kernels(name: str | None) -> Kernels:
-    """For a new optimizer. Those for GPUs have to be asked for: they have not run on one yet."""
-    if name == "triton":
+    if name is None:
+        for_gpus = for_gpu(gpus) if gpus else None
+        cpu = core_ is not None
+    else:
+        for_gpus, cpu = name, name == "cpu"
+    if for_gpus == "triton":
         module, _ = _triton_kernels()
-        interpreted = module.INTERPRETED
-        return Kernels(interpreted, not interpreted, "cpu" if interpreted else "cuda", module.Launcher())
-    if name == "cuda":
-        return Kernels(cuda=True, scale_on="cuda")
-    return Kernels(cpu=name != "reference")
+        launcher = module.Launcher()
+        walk = core_ or importlib.import_module("texp.walk").Walk()
+        if module.INTERPRETED:
+            return Kernels(walk, cpu=launcher.step, scale_on="cpu", launcher=launcher)
+        return Kernels(walk, cpu, launcher.step, scale_on="cuda", launcher=launcher)
+    if for_gpus == "cuda":
+        return Kernels(core_, cpu, True, scale_on="cuda")
+    return Kernels(core_, cpu)
 
 
-def is_capturable(name: str | None) -> bool:
-    """Whether steps by backend=`name` can be captured in a graph."""
-    return name in ("cuda", "triton")
+def for_gpu(gpus: Iterable[torch.device] = ()) -> str:
+    """The backend that by default steps tensors on GPUs, on these if some are given; "reference" where none can."""
+    if _cuda() == OK and all(_cuda_supports(gpu) for gpu in gpus):
+        return "cuda"
+    module, why = _triton_kernels()
+    return "triton" if why == OK and not module.INTERPRETED else "reference"
 
 
-def check_capturable(name: str | None) -> None:
-    """Raises RuntimeError, with the reasons, unless steps by backend=`name` can be captured in a graph."""
-    if not is_capturable(name):
-        reasons = available()
-        raise RuntimeError(
-            "capturable=True was requested, but the other backends compute their rows on the host; "
-            f"'cuda': {reasons['cuda']}; 'triton': {reasons['triton']}"
-        )
+def _cuda_supports(gpu: torch.device) -> bool:
+    """Whether the CUDA kernel was built for a GPU of its kind."""
+    try:
+        native.core().load_cuda_kernels(gpu.index)
+    except RuntimeError:
+        return False
+    return True
+
+
+def refuse_capturable() -> None:
+    """Raises RuntimeError, with the reasons, for a step that no kernel can take with P and κ on a GPU."""
+    reasons = available()
+    raise RuntimeError(
+        "capturable=True was requested, but no parameter is on a GPU for which there is a kernel, and rows that the host "
+        f"computes cannot be captured; 'cuda': {reasons['cuda']}; 'triton': {reasons['triton']}"
+    )

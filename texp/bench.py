@@ -46,7 +46,7 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
             continue
         made[f"texp {name}"] = lambda groups, name=name: _texp(groups, backend=name)
         made[f"texp {name} exponential"] = lambda groups, name=name: _texp(groups, backend=name, scale_invariant=True)
-        if backends.is_capturable(name):
+        if name in backends.ON_DEVICE:
             made[f"texp {name} capturable"] = lambda groups, name=name: _texp(groups, backend=name, capturable=True)
     return made
 
@@ -112,7 +112,7 @@ def _wait(device: str) -> Callable[[], object]:
 
 
 def _machine(device: str) -> dict:
-    core = backends.core(None)
+    core = backends.core()
     return {
         "device": device,
         "processor": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),

@@ -17,7 +17,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from texp import __version__, backends, bench, demo, invariance, records, theory
+from texp import __version__, backends, bench, demo, invariance, native, records, theory
 from texp.command import EXTRA, UsageError, check_writable, make_console
 
 app = typer.Typer(
@@ -43,8 +43,7 @@ def run(arguments: list[str] | None = None) -> int:
             raise
         return _fail(
             1,
-            f'this command needs {library}: install texp with the extra "demo", as in '
-            'pip install --no-build-isolation ".[demo]"',
+            f"this command needs {library}: install texp with the extra \"demo\", as in pip install '.[demo]'",
         )
     except (OSError, invariance.AuditError) as error:
         return _fail(1, str(error))
@@ -277,6 +276,7 @@ def bench_command(
             measured.append(record)
             progress.update(task, completed=chosen.index(record["model"]) + 1)
     console.print(records.table(measured))
+    print(f"texp.SGD without backend= is texp {backends.default_for(device)} here")
     if csv_path is not None:
         print(csv_path.resolve())
     if plot is not None:
@@ -293,15 +293,25 @@ def _models(text: str) -> list[str]:
     return names
 
 
+@app.command("build")
+def build_command() -> int:
+    """Builds the C++ core, with nvcc its CUDA kernel too, ahead of the first use: for container images, say."""
+    return native.main()
+
+
 @app.command()
 def info() -> None:
-    """Versions, and the backends with the reason for each that is not available."""
+    """Versions, the backends with the reason for each that is not available, and which are taken by default."""
     table = Table(show_header=False)
     table.add_row("texp", __version__)
     table.add_row("torch", torch.__version__)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name, reason in backends.available().items():
         table.add_row(f"backend {name}", reason)
+    core = native.core()
+    table.add_row("C++ core", "none" if core is None else core.__file__)
+    for device, where in (("cpu", "the CPU"), ("cuda", "GPUs")):
+        table.add_row(f"default on {where}", backends.default_for(device))
     make_console().print(table)
 
 

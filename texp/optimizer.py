@@ -3,7 +3,7 @@ backends (tensors); which row applies to which tensor is in `texp.plan` and csrc
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,12 +38,13 @@ class SGD(torch.optim.Optimizer):
         scale_invariant: the loss must not change when all parameters of the group are multiplied by the same
             number c > 0. Their weight decay is then traded for a growing LR. Default False; usually set per
             group.
-        backend: "reference", "cpu", "cuda" or "triton"; None, the default, takes the best one available, except
-            "cuda" and "triton", which have to be named for now. One that is named never falls back. With
-            TRITON_INTERPRET=1 in the environment, "triton" takes tensors on the CPU, slowly.
+        backend: "reference", "cpu", "cuda" or "triton". None, the default, takes "cpu" for tensors on the CPU and,
+            for tensors on GPUs, "cuda" or else "triton"; what they cannot take is stepped by "reference", in plain
+            torch. One that is named never falls back. With TRITON_INTERPRET=1 in the environment, "triton" takes
+            tensors on the CPU, slowly.
         capturable: keep P and κ on the GPU, so that a step captured in a graph replays the schedule.
             Hyperparameters may then be float32 or float64 tensors on the device; others are those of the
-            capture. Take a step before each capture. Needs backend="cuda" or "triton"; default False.
+            capture. Take a step before each capture. Needs "cuda" or "triton"; default False.
 
     In a scale-invariant group the parameters hold Pθ, where θ are the weights that torch.optim.SGD would hold,
     and the momentum buffers (v − κθ)/P; `group["scale"]` is P, kept in [1, 2), `group["carried_decay"]` is κ.
@@ -56,7 +57,7 @@ class SGD(torch.optim.Optimizer):
     Each step multiplies them by the change of P^power. Give them after the model is on its device and in its
     dtype: ``model.to`` replaces its buffers.
 
-    With backend="cuda" or "triton", P and κ are on the device while steps are captured or may be skipped by a
+    On GPUs, P and κ are on the device while steps are captured with capturable=True or may be skipped by a
     GradScaler, and what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr` and
     :meth:`state_dict`.
 
@@ -128,9 +129,10 @@ class SGD(torch.optim.Optimizer):
             },
         )
 
-    def _find_kernels(self) -> None:
-        self._core = backends.core(self._backend)
-        self._kernels = backends.kernels(self._backend)
+    def _find_kernels(self, more_params: Iterable[Tensor] = ()) -> None:
+        params = [p for group in self.__dict__.get("param_groups", ()) for p in group["params"]]
+        self._gpus = _gpus((*params, *more_params))
+        self._kernels = backends.kernels(self._backend, self._gpus)
         self._device: OnDevice | None = None  # P and κ, while they are there
         # What graphs know by address; kept when a state dict is loaded.
         self._captured: list[tuple] = self.__dict__.get("_captured", [])
@@ -162,16 +164,19 @@ class SGD(torch.optim.Optimizer):
             groups.check_norm_stats(values["norm_stats"])
             if values["scale_invariant"] and self.defaults["differentiable"]:
                 raise ValueError("a scale_invariant group cannot be differentiable: its scale is not on the tape")
-            if values["capturable"]:
-                backends.check_capturable(self._backend)
             params = param_group["params"]
             if not isinstance(params, (Tensor, set)):
                 params = param_group["params"] = list(params)  # may be a generator
-                once = {id(p[1] if isinstance(p, tuple) else p) for p in params}
+                once = {id(p) for p in _tensors(params)}
                 if len(once) < len(params) and values["scale_invariant"]:
                     raise ValueError(
                         "a scale_invariant group holds a parameter twice: its scale would be applied twice"
                     )
+            if self._backend is None and not _gpus(_tensors(params)) <= self._gpus:
+                self._leave_device()
+                self._find_kernels(_tensors(params))
+            if values["capturable"] and self._kernels.scale_on is None:
+                backends.refuse_capturable()
             param_group.update({key: values[key] for key in (*groups.SCALE_KEYS, "norm_stats")})
         self._leave_device()
         super().add_param_group(param_group)
@@ -208,12 +213,12 @@ class SGD(torch.optim.Optimizer):
             return False  # torch has wrapped the step of a subclass, which called this one
         return bool(
             given
-            or self._core is None
+            or self._kernels.core is None
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or self._core.observed()
+            or self._kernels.core.observed()
         )
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -231,17 +236,24 @@ class SGD(torch.optim.Optimizer):
         grad_scale = 1.0 if scale is None else float(scale)
         if not 0 < grad_scale < float("inf"):
             raise ValueError(f"grad_scale must be a finite number greater than 0, got {grad_scale}")
+        core, cpu, cuda, _, _ = self._kernels
         if self.defaults["differentiable"]:
             self._differentiable_step()
-        elif self._core is None:
+        elif core is None or (cuda and torch.cuda.is_current_stream_capturing()):
+            # What the host computes is in a graph for ever: for ordinary groups that is torch's own step.
             plan.step(self.param_groups, self.state, grad_scale)
+            self._find_kernels_if_moved(p for group in self.param_groups for p in group["params"])
         else:
             rest = plan.Rest(self._backend, self.param_groups, self.state)
-            cpu, cuda, _, launcher = self._kernels
-            kernel = launcher and launcher.step
-            if self._core.step(self.param_groups, self.state, grad_scale, rest.check, cpu, cuda, kernel):
+            if core.step(self.param_groups, self.state, grad_scale, rest.check, cpu, cuda):
                 rest.do()
+                self._find_kernels_if_moved(entry.param for entries in rest.work.values() for entry in entries)
         return loss
+
+    def _find_kernels_if_moved(self, params: Iterable[Tensor]) -> None:
+        """For the next step, where parameters have come to a GPU since the last look."""
+        if self._backend is None and not _gpus(params) <= self._gpus:
+            self._find_kernels()
 
     def _step_on_device(self, scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Takes a step of which the host does not know whether, or when, it is taken, if this is one: it may be
@@ -250,7 +262,7 @@ class SGD(torch.optim.Optimizer):
         device_type, launcher = self._kernels.scale_on, self._kernels.launcher
         capturable = any(group["capturable"] for group in self.param_groups)
         capturing = device_type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing and not capturable:
+        if capturing and not capturable and self._backend is not None:
             raise RuntimeError("a step can be captured with capturable=True; this one would be computed by the host")
         if not capturable and not (isinstance(found_inf, Tensor) and found_inf.device.type == device_type):
             return False
@@ -263,7 +275,7 @@ class SGD(torch.optim.Optimizer):
                     raise RuntimeError("the first step of these groups cannot be captured: take one before it")
                 self._leave_device()
                 if launcher is None:
-                    self._core.load_cuda_kernels(device.index)
+                    self._kernels.core.load_cuda_kernels(device.index)
                 self._device = OnDevice(self.param_groups, self.state, device)
             of = self._device
             of.restore(self.state)
@@ -281,7 +293,7 @@ class SGD(torch.optim.Optimizer):
                 capturing=capturing,
                 capturable=capturable,
             )
-            why = self._core.step_on_device(
+            why = self._kernels.core.step_on_device(
                 self.param_groups, self.state, of.states, of.started, of.ticket, scale, found_inf, capturing, kernel
             )
         if why is None:
@@ -406,3 +418,13 @@ class SGD(torch.optim.Optimizer):
             if isinstance(buf := values.get("momentum_buffer"), groups.AsIs):
                 dtype = torch.promote_types(buf.value.dtype, param.dtype)
                 values["momentum_buffer"] = buf.value.to(param.device, dtype)
+
+
+def _tensors(params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor]:
+    """Of a group's parameters, which may be named."""
+    return [p[1] if isinstance(p, tuple) else p for p in ([params] if isinstance(params, Tensor) else params)]
+
+
+def _gpus(params: Iterable[Tensor]) -> frozenset[torch.device]:
+    """Where those parameters are that torch calls CUDA's."""
+    return frozenset(p.device for p in params if isinstance(p, Tensor) and p.is_cuda)

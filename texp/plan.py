@@ -87,7 +87,7 @@ def _of_group(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_
 def advance(index: int, group: dict[str, Any], first: bool, grad_scale: float) -> tuple[Hyperparameters, Step]:
     """What theory.advance says of a group, whose number stands in the errors."""
     if group["capturable"]:
-        backends.check_capturable("reference")
+        backends.refuse_capturable()
     groups.check_step(index, group)
     hyper = groups.hyperparameters(group)
     try:

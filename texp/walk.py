@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Callable, Iterable
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ _FLAGS = ("nesterov", "maximize", "scale_invariant")
 
 _GROUP = struct.Struct("=32sQ4B4?8x")  # csrc/cuda.h
 _HOST, _FLOAT32, _FLOAT64 = range(3)  # where a number is
+
+Kernel = Callable[[str, bytearray, bytearray], object]  # called with a device and tables of tensors and rows
 
 _WATCHED = "the parameter is stepped under a TorchDispatchMode, which is to see what happens to it"
 
@@ -43,11 +45,11 @@ class Walk:
         state: dict[Tensor, Any],
         grad_scale: float,
         check: Callable[[Iterable[tuple]], object],
-        cpu: bool,
-        cuda: bool,
-        kernel: Callable[[str, bytearray, bytearray], object],
+        cpu: Kernel | Literal[False],
+        cuda: Kernel | Literal[False],
     ) -> list[tuple]:
         """Takes a step of all tensors that a kernel can take, and returns the others; see csrc/bindings.cpp."""
+        kernel = cpu or cuda  # there is one for one of the two
         watched = torch._C._len_torch_dispatch_stack() > 0
         key = None if watched else _key(param_groups, state)
         if key is not None and self._last is not None and key == self._last.key:
@@ -63,7 +65,7 @@ class Walk:
         work = [(p, kind, entry) for p in plans for kind in last.kinds[p.index] for entry in p.work[kind]]
         shared = tables.that_share_memory(entry for _, _, entry in work)
         for p, kind, entry in work:
-            why = _WATCHED if watched else tables.refusal(entry, cpu, cuda, shared)
+            why = _WATCHED if watched else tables.refusal(entry, bool(cpu), bool(cuda), shared)
             if why is None:
                 last.add(entry, p.index, kind)
             else:
