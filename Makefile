@@ -1,5 +1,5 @@
 # make demo | paper | test | lint, each from nothing but Python: they set up a virtual environment first.
-# VENV=… uses another one, which may exist already; TEXP_NATIVE and TEXP_CUDA as in setup.py.
+# VENV=… uses another one, which may exist already; TEXP_NATIVE and TEXP_CUDA as in README.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,9 +12,9 @@ ifneq ($(words $(VENV)),1)
 $(error VENV must name one folder, without spaces; got '$(VENV)')
 endif
 
-# For which environment and with which parts this checkout was last set up. There is one such file at a time, as
-# there is one core in the checkout: anything else sets up again, as does a change of what is installed.
-READY := .ready-$(TEXP_NATIVE)-$(TEXP_CUDA)-$(subst /,-,$(VENV))
+# When this checkout was last set up for the environment. What it was told to build is not part of that: the core is
+# built again when it is needed for something else, whatever that is (texp/build.py).
+READY := .ready-$(subst /,-,$(VENV))
 
 .PHONY: demo paper test lint sanitize clean
 
@@ -38,25 +38,23 @@ lint: $(READY)
 
 # torch and Triton are installed by their exact versions, and only where there are none: a range, like that of the package
 # itself, would fetch the newest. A torch for GPUs has brought a Triton that fits.
-$(READY): setup.py pyproject.toml Makefile $(wildcard csrc/*)
-	rm -f .ready-*
+$(READY): setup.py pyproject.toml Makefile
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch; assert torch.__version__ >= (2, 6)" 2>/dev/null || $(BIN)/pip install "torch==2.13.0"
 	$(BIN)/python -c "import sys; sys.platform == 'linux' and __import__('triton')" 2>/dev/null || $(BIN)/pip install "triton==3.6.0"
 	$(BIN)/pip install "setuptools>=77" ninja
-	$(BIN)/pip install --no-build-isolation -e ".[demo,test]"
+	TEXP_NATIVE=auto TEXP_CUDA=auto $(BIN)/pip install --no-build-isolation -e ".[demo,test]"
 	touch $@
 
 clean:
-	rm -rf .venv .ready* build dist *.egg-info texp/_C.*.so texp/_build.py
+	rm -rf .venv .ready* build dist *.egg-info texp/_native
 
 # The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not looked for: Python has its own.
-SANITIZED := build/sanitize/lib
 SANITIZED_TESTS := $(addprefix tests/test_,core.py host.py refusals.py rows.py optimizer.py sparse.py amp.py state_dicts.py)
+sanitize: export TEXP_NATIVE = 1
+sanitize: export TEXP_SANITIZE = address,undefined
 sanitize: $(READY)
-	TEXP_NATIVE=1 TEXP_SANITIZE=address,undefined \
-	$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
+	$(BIN)/python setup.py -q build_ext --inplace
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(BIN)/python -c "import sys; sys.path[0] = '$(SANITIZED)'; import pytest, texp._C; \
-	assert '$(SANITIZED)' in texp._C.__file__; sys.exit(pytest.main(sys.argv[1:]))" -q -m "not slow" $(SANITIZED_TESTS)
+	$(BIN)/pytest -q -m "not slow" $(SANITIZED_TESTS)

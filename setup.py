@@ -1,7 +1,7 @@
 """Packages and the C++ core; everything else is in pyproject.toml.
 
-TEXP_NATIVE=auto (default) builds the core where torch and a compiler can be found; otherwise, as where pip hides torch
-from the build, the first use builds it. 1 fails where it cannot be built; 0 leaves it out. TEXP_CUDA says the same of
+TEXP_NATIVE=auto (default) builds the core where torch and a compiler can be found; otherwise, as where pip hides
+torch from the build, the first use builds it. 1 fails where it cannot be built; 0 leaves it out. TEXP_CUDA says it of
 the CUDA kernel, which needs the core, nvcc and CUDA's static runtime, but no GPU and no torch built with CUDA;
 TEXP_CUDA_ARCHS says for which GPUs. How all this is built is in texp/build.py.
 """

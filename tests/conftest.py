@@ -21,7 +21,8 @@ hypothesis.settings.register_profile("search", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 
-texp.backends.core()  # built now if need be, so that no test waits for it; raises where TEXP_NATIVE=1 and it cannot be
+# Built now if need be, so that no test waits for it. Raises where TEXP_NATIVE=1 asks for it but it cannot be had.
+texp.backends.core()
 
 
 @dataclass(frozen=True)

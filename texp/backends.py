@@ -173,6 +173,6 @@ def refuse_capturable() -> None:
     """Raises RuntimeError, with the reasons, for a step that no kernel can take with P and κ on a GPU."""
     reasons = available()
     raise RuntimeError(
-        "capturable=True was requested, but no parameter is on a GPU for which there is a kernel, and rows that the host "
-        f"computes cannot be captured; 'cuda': {reasons['cuda']}; 'triton': {reasons['triton']}"
+        "capturable=True was requested, but no parameter is on a GPU for which there is a kernel, and rows that the "
+        f"host computes cannot be captured; 'cuda': {reasons['cuda']}; 'triton': {reasons['triton']}"
     )
