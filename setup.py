@@ -74,8 +74,9 @@ class BuildCore(build_ext):
 
 NO_CORE = obstacle(with_cuda=False)
 if NO_CORE:
-    for variable in build.PARTS:
-        leave_out(variable, NO_CORE)
+    leave_out("TEXP_NATIVE", NO_CORE)
+    if WANTED["TEXP_CUDA"] == "1":
+        leave_out("TEXP_CUDA", f"there is no C++ core to call it: {NO_CORE}")
 
 # The Triton kernels live in the folder kernels/ and are imported as texp.kernels: there is another `kernels` on
 # PyPI, so that name is never installed at the top level. The core's sources travel along, for the first use to build.

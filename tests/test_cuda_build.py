@@ -14,11 +14,12 @@ import pytest
 
 import texp
 from tests.test_package import ROOT, copy_of_the_sources, environment
-from texp import backends
+from texp import backends, build, native
 
-HOME = os.environ.get("CUDA_HOME")
-FOLDERS = [f"{HOME}/bin"] if HOME else [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
-NVCC = shutil.which("nvcc", path=os.pathsep.join(FOLDERS))  # as setup.py finds it
+try:
+    NVCC, NO_NVCC = build.toolkit()[0], ""
+except build.BuildError as error:
+    NVCC, NO_NVCC = "", str(error)
 
 
 def fake_nvcc(home: Path, says: str) -> str:
@@ -68,37 +69,36 @@ def test_a_build_that_is_refused(tmp_path, changes, message):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"TEXP_CUDA": "0"}, "TEXP_CUDA=0 left it out"), WITHOUT_NVCC],
-    ids=["off", "no nvcc"],
+    [
+        ({"TEXP_CUDA": "0"}, "TEXP_CUDA=0 left it out when texp was installed"),
+        WITHOUT_NVCC,
+        ({"CUDA_HOME": "fails"}, "compiling it failed: nvcc fatal : so it is (all of it: "),
+    ],
+    ids=["off", "no nvcc", "compiling fails"],
 )
-def test_why_it_was_left_out_is_recorded(tmp_path, changes, reason):
-    sources = copy_of_the_sources(tmp_path / "sources")
-    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
-    done = subprocess.run(command, cwd=sources, env=environment(**changes), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    announced = f"texp: installing without the CUDA kernel: {reason}"
-    assert (announced in done.stderr) == (changes.get("TEXP_CUDA") != "0")
-    recorded: dict = {}
-    exec((tmp_path / "lib" / "texp" / "_build.py").read_text(), recorded)
-    assert recorded["NO_CUDA"] == reason
-
-
 @pytest.mark.slow
-def test_a_kernel_that_does_not_compile_leaves_the_core(tmp_path):
+def test_a_core_without_it(tmp_path, changes, reason):
+    """What is said when it is installed is said later, too, and nothing is tried again."""
     if backends.core() is None:
         pytest.skip(backends.available()["cpu"])
     sources, lib = copy_of_the_sources(tmp_path / "sources"), tmp_path / "lib"
-    home = fake_nvcc(tmp_path / "cuda", "echo 'nvcc fatal : so it is'")
-    (tmp_path / "cuda" / "libcudart_static.a").touch()
+    home = fake_nvcc(tmp_path / "fails", "echo 'nvcc fatal : so it is'")
+    (tmp_path / "fails" / "libcudart_static.a").touch()
+    changes = {key: home if value == "fails" else value for key, value in changes.items()}
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(lib)]
-    subprocess.run(command, cwd=sources, env=environment(CUDA_HOME=home), check=True, capture_output=True)
-    code = "from texp import backends; print(backends.available())"
+    done = subprocess.run(command, cwd=sources, env=environment(**changes), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    announced = f"texp: installing without the CUDA kernel: {reason.partition(' (all')[0]}"
+    assert (announced in done.stderr) == ("TEXP_CUDA" not in changes)
+    code = "from texp import backends; backends.core(); print(backends.available())"
+    changes = {"TORCH_EXTENSIONS_DIR": str(tmp_path)} | ({} if "TEXP_CUDA" in changes else changes)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=lib, env=environment(), check=True, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=lib, env=environment(**changes), check=True, capture_output=True, text=True
     )
     reasons = ast.literal_eval(done.stdout)
     assert reasons["cpu"] == "ok"
-    assert "the CUDA kernel was not built: compiling it failed: nvcc fatal : so it is; " in reasons["cuda"]
+    assert reasons["cuda"].startswith(f"the CUDA kernel was not built: {reason}")
+    assert done.stderr == ""
 
 
 def test_the_check_of_a_gpu_needs_one(tmp_path):
@@ -110,6 +110,11 @@ def test_the_check_of_a_gpu_needs_one(tmp_path):
     done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True)
     assert done.returncode == 2
     assert "gpu_check.sh needs a GPU that torch can use, but" in done.stderr
+
+
+def stand_in(core: SimpleNamespace | None) -> SimpleNamespace:
+    """For texp.native, where that core has been loaded."""
+    return SimpleNamespace(load=lambda may_build: core, core=lambda: core, why_missing=lambda variable: "so it was")
 
 
 def devices(count: int, error: str | None = None) -> SimpleNamespace:
@@ -126,28 +131,25 @@ class TestTheReason:
         backends._cuda_devices.cache_clear()
 
     CASES = {
-        "not built": (
-            SimpleNamespace(with_cuda=False), "13.0",
-            "the CUDA kernel was not built: so it was; reinstall with TEXP_CUDA=1 pip install --no-build-isolation .",
-        ),
-        "no driver": (devices(-1, "no driver"), "13.0", "the CUDA kernel was built, but no device: no driver"),
-        "no device": (devices(0), "13.0", "the CUDA kernel was built, but no device: CUDA sees none"),
-        "torch": (devices(1), None, "the CUDA kernel was built, but torch .* was not: it has no CUDA tensors"),
+        "not built": (SimpleNamespace(with_cuda=False), True, "the CUDA kernel was not built: so it was"),
+        "no driver": (devices(-1, "no driver"), True, "the CUDA kernel was built, but no device: no driver"),
+        "no device": (devices(0), True, "the CUDA kernel was built, but no device: CUDA sees none"),
+        "torch": (devices(1), False, "the CUDA kernel was built, but torch .* was not: it has no CUDA tensors"),
+        "ROCm": (devices(1), True, "torch .* is built for ROCm, whose GPUs the Triton kernels serve"),
     }  # fmt: skip
 
     @pytest.mark.parametrize("case", CASES)
     def test_of_a_core(self, monkeypatch, case):
-        core, cuda, message = self.CASES[case]
-        monkeypatch.setattr(backends, "_C", core)
-        monkeypatch.setattr(backends.torch.version, "cuda", cuda)
-        monkeypatch.setattr(backends, "_import", lambda name: SimpleNamespace(NO_CUDA="so it was"))
+        core, torch_has_cuda, message = self.CASES[case]
+        monkeypatch.setattr(backends, "native", stand_in(core))
+        monkeypatch.setattr(backends.torch.backends.cuda, "is_built", lambda: torch_has_cuda)
+        monkeypatch.setattr(backends.torch.version, "hip", "6.4" if case == "ROCm" else None)
         with pytest.raises(RuntimeError, match=f"backend='cuda' was requested, but {message}"):
-            backends.core("cuda")
+            backends.kernels("cuda")
 
     def test_without_the_core(self, monkeypatch):
-        monkeypatch.setattr(backends, "_C", None)
-        monkeypatch.setattr(backends, "_CORE", "the C++ core was not built: so it was")
-        assert backends.available()["cuda"] == "the C++ core was not built: so it was"
+        monkeypatch.setattr(backends, "native", stand_in(None))
+        assert backends.available()["cuda"] == "there is no C++ core: so it was"
 
     @pytest.mark.parametrize("backend", [None, "cpu", "reference"])
     def test_is_not_looked_for_by_other_backends(self, monkeypatch, backend):
@@ -164,7 +166,7 @@ def test_the_core_links_it():
     if core is None:
         pytest.skip(backends.available()["cpu"])
     if not core.with_cuda:
-        reason = backends.available()["cuda"]
+        reason = native.why_missing("TEXP_CUDA")
         assert os.environ.get("TEXP_CUDA") != "1"
         assert "compiling it failed" not in reason
         pytest.skip(reason)
@@ -175,13 +177,22 @@ def test_the_core_links_it():
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> dict[str, tuple[Path, str]]:
     """For each architecture the machine code and what ptxas says of it."""
-    if NVCC is None:
-        pytest.skip(f"there is no nvcc in {', '.join(FOLDERS)}")
-    flags = ast.literal_eval(re.search(r"^CUDA_FLAGS = (.*)", (ROOT / "setup.py").read_text(), re.MULTILINE)[1])
+    if not NVCC:
+        pytest.skip(NO_NVCC)
     made = {}
     for arch in ("sm_80", "sm_90a", "sm_100"):
         cubin = tmp_path_factory.mktemp("cubins") / f"{arch}.cubin"
-        command = [NVCC, *flags, "-cubin", f"-arch={arch}", "-Xptxas", "-v", "csrc/step_cuda.cu", "-o", str(cubin)]
+        command = [
+            NVCC,
+            *build.CUDA_FLAGS,
+            "-cubin",
+            f"-arch={arch}",
+            "-Xptxas",
+            "-v",
+            "csrc/step_cuda.cu",
+            "-o",
+            str(cubin),
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "warning" not in done.stderr

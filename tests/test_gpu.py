@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 import texp
-from tests.conftest import relative_error
+from tests.conftest import relative_error, same_bits
 from tests.gpu import needs
+from texp import backends
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.fixture(params=[pytest.param(backend, marks=needs(backend)) for backend in ("cuda", "triton")])
@@ -56,3 +59,53 @@ def test_streams(backend):
         optimizer.step()
     torch.cuda.current_stream().wait_stream(stream)
     assert (p == -1).all()
+
+
+class TestTheDefault:
+    pytestmark = needs_gpu
+
+    def test_takes_the_best_kernel(self):
+        """Also for a parameter that comes to the GPU after the optimizer was made, from its second step on."""
+        best = backends.default_for("cuda")
+        named, by_default, moved = (nn.Parameter(torch.ones(1000)) for _ in range(3))
+        optimizers = []
+        for p, backend in ((named, best), (by_default, None), (moved, None)):
+            if p is not moved:
+                p.data = p.data.cuda()
+            optimizers.append(texp.SGD([p], lr=0.1, momentum=0.9, weight_decay=0.1, backend=backend))
+        moved.data = moved.data.cuda()
+        for _ in range(3):
+            for p, optimizer in zip((named, by_default, moved), optimizers, strict=True):
+                p.grad = torch.full_like(p, 0.3)
+                optimizer.step()
+        assert same_bits(named, by_default)
+        assert relative_error(moved, named) < 1e-6
+        if best != "reference":
+            assert optimizers[1]._kernels.cuda is not False
+            assert optimizers[2]._kernels.cuda is not False
+
+    def test_of_an_ordinary_group_can_be_captured(self):
+        """As that of torch.optim.SGD: its replays are the step of the capture."""
+        p, q = (nn.Parameter(torch.ones(100, device="cuda")) for _ in range(2))
+        arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+        ours, theirs = texp.SGD([p], **arguments), torch.optim.SGD([q], **arguments)
+        p.grad, q.grad = (torch.full_like(x, 0.3) for x in (p, q))
+        ours.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ours.step()
+        for _ in range(3):
+            graph.replay()
+        for _ in range(4):
+            theirs.step()
+        assert relative_error(p, q) < 1e-6
+
+    def test_of_a_scale_invariant_group_cannot(self):
+        p = nn.Parameter(torch.ones(100, device="cuda"))
+        p.grad = torch.ones_like(p)
+        optimizer = texp.SGD([p], lr=0.1, scale_invariant=True)
+        optimizer.step()
+        other = torch.zeros(1, device="cuda")
+        with pytest.raises(RuntimeError, match="capturable=True can"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            other.add_(1)  # an empty capture is warned of
+            optimizer.step()

@@ -54,19 +54,18 @@ def _cpu() -> str:
 
 # Only when the reason is asked for: it loads the driver, after which a forked process can use no GPU.
 @functools.cache
-def _cuda_devices(core: ModuleType) -> tuple[int, str | None]:
-    return core.cuda_devices()
+def _cuda_devices() -> tuple[int, str | None]:
+    return native.core().cuda_devices()
 
 
 def _cuda() -> str:
     if (why := _cpu()) != OK:
         return why
-    core = native.core()
     if torch.version.hip is not None:
         return f"torch {torch.__version__} is built for ROCm, whose GPUs the Triton kernels serve"
-    if not core.with_cuda:
+    if not native.core().with_cuda:
         return f"the CUDA kernel was not built: {native.why_missing('TEXP_CUDA')}"
-    devices, error = _cuda_devices(core)
+    devices, error = _cuda_devices()
     if devices < 1:
         return f"the CUDA kernel was built, but no device: {error or 'CUDA sees none'}"
     if not torch.backends.cuda.is_built():
