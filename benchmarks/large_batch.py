@@ -98,6 +98,7 @@ class Options:
             sees = f"torch sees {torch.cuda.device_count()} CUDA devices"
             _refuse(f"--device cuda needs one device for each of {local_world()} processes, but {sees}")
         if self.backend is not None:
+            backends.core()  # is built if need be
             state = backends.available().get(self.backend, "there is no such backend")
             if self.optimizer == "torch" or state != backends.OK:
                 why = state if self.optimizer != "torch" else "it is for --optimizer texp"
@@ -281,7 +282,7 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(
             1,
             f'this needs {library}: install texp with the extra "{extra}", as in '
-            f'pip install --no-build-isolation ".[{extra}]"',
+            f'pip install ".[{extra}]"',
         )
     except OSError as error:
         return _fail(1, str(error))

@@ -215,5 +215,5 @@ def test_without_the_libraries_of_the_demo(monkeypatch, capsys):
     assert run(["demo"]) == 1
     assert capsys.readouterr().err == (
         'texp: this command needs scikit-learn: install texp with the extra "demo", as in '
-        'pip install --no-build-isolation ".[demo]"\n'
+        'pip install ".[demo]"\n'
     )

@@ -16,7 +16,7 @@ def main() -> None:
             raise
         sys.exit(
             f'texp: the command line needs {error.name}: install texp with the extra "demo", as in '
-            "pip install '.[demo]'"
+            'pip install ".[demo]"'
         )
     sys.exit(run())
 

@@ -43,7 +43,7 @@ def run(arguments: list[str] | None = None) -> int:
             raise
         return _fail(
             1,
-            f"this command needs {library}: install texp with the extra \"demo\", as in pip install '.[demo]'",
+            f'this command needs {library}: install texp with the extra "demo", as in pip install ".[demo]"',
         )
     except (OSError, invariance.AuditError) as error:
         return _fail(1, str(error))
