@@ -281,8 +281,7 @@ def run(arguments: list[str] | None = None) -> int:
         extra = "tensorboard" if library == "tensorboard" else "demo"
         return _fail(
             1,
-            f'this needs {library}: install texp with the extra "{extra}", as in '
-            f'pip install ".[{extra}]"',
+            f'this needs {library}: install texp with the extra "{extra}", as in pip install ".[{extra}]"',
         )
     except OSError as error:
         return _fail(1, str(error))

@@ -50,7 +50,8 @@ inline void launch(Plan& plan, const Rows& rows, py::handle kernel) {
 // The stream that torch is using on a device. Asked of Python, so that the core does not need a CUDA build of torch.
 inline void* current_stream(c10::DeviceIndex device) {
   // Never given back: at the end of the process Python goes first.
-  static PyObject* const ask = py::object(py::module_::import("torch._C").attr("_cuda_getCurrentRawStream")).release().ptr();
+  static PyObject* const ask =
+      py::object(py::module_::import("texp.torch_internals").attr("current_raw_stream")).release().ptr();
   return reinterpret_cast<void*>(py::handle(ask)(device).cast<uintptr_t>());
 }
 

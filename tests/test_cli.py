@@ -214,6 +214,5 @@ def test_without_the_libraries_of_the_demo(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert run(["demo"]) == 1
     assert capsys.readouterr().err == (
-        'texp: this command needs scikit-learn: install texp with the extra "demo", as in '
-        'pip install ".[demo]"\n'
+        'texp: this command needs scikit-learn: install texp with the extra "demo", as in pip install ".[demo]"\n'
     )

@@ -6,6 +6,7 @@ or Python, or of other sources, stand beside it, and none is ever taken for anot
 """
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -134,10 +135,12 @@ def tools(with_cuda: bool) -> str:
 
     Raises BuildError where one of them, or torch, is missing.
     """
-    try:
-        import torch.utils.cpp_extension  # noqa: F401
-    except (ImportError, OSError) as error:
-        raise BuildError(f"torch.utils.cpp_extension cannot be imported: {' '.join(str(error).split())}") from None
+    # Not torch.utils.cpp_extension, which asks CUDA for devices: a process that forks afterwards could use none.
+    for library in ("torch", "setuptools"):
+        try:
+            importlib.import_module(library)
+        except (ImportError, OSError) as error:
+            raise BuildError(f"{library} cannot be imported: {' '.join(str(error).split())}") from None
     paths = [compiler(), toolkit()[0]] if with_cuda else [compiler()]
     return " ".join(f"{path} {os.stat(path).st_mtime_ns}" for path in paths)
 

@@ -8,14 +8,14 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
 import torch  # its libraries are to be there before those of the core
 from filelock import FileLock
 
-from texp import build
+from texp import build, torch_internals
 from texp.build import BuildError, CompileError
 
 MODULE = "texp._C"
@@ -95,9 +95,7 @@ def main() -> int:
 
 def cache() -> Path:
     """The folder for cores that are built on first use: TORCH_EXTENSIONS_DIR, or torch's own, and `texp` in it."""
-    from torch.utils import cpp_extension
-
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "texp"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or torch_internals.extensions_folder()) / "texp"
 
 
 def _turned_off(variable: str) -> str:
@@ -144,10 +142,8 @@ class _NotYetError(BuildError):
     pass
 
 
-def _roots() -> Iterator[Path]:
-    yield build.PACKAGE / build.CORES
-    with contextlib.suppress(ImportError, OSError):  # without torch.utils.cpp_extension there is no cache
-        yield cache()
+def _roots() -> list[Path]:
+    return [build.PACKAGE / build.CORES, cache()]
 
 
 def _load_from(roots: Iterable[Path], name: str) -> ModuleType | None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd as torch_sgd
 
 from texp import backends, groups, plan, reference, theory
 from texp.on_device import OnDevice
 from texp.reference import Entry
 from texp.theory import Row, Scale
+from texp.torch_internals import disable_dynamo, has_global_step_hooks
 
 
 class SGD(torch.optim.Optimizer):
@@ -206,7 +206,7 @@ class SGD(torch.optim.Optimizer):
             raise
 
     # There is nothing in a step for torch.compile to fuse: it is one pass already, or plain torch.
-    _untraced_step = torch._disable_dynamo(_hooked_step)
+    _untraced_step = disable_dynamo(_hooked_step)
 
     def _is_observed(self, given: dict[str, Any]) -> bool:
         if type(self).step is not SGD.step:
@@ -216,8 +216,7 @@ class SGD(torch.optim.Optimizer):
             or self._kernels.core is None
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
+            or has_global_step_hooks()
             or self._kernels.core.observed()
         )
 

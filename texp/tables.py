@@ -10,6 +10,7 @@ from torch import Tensor
 
 from texp.reference import Entry
 from texp.theory import Row
+from texp.torch_internals import is_zero_tensor
 
 FIXED, STEPPING, IDLE, STATISTIC = range(4)  # kinds
 BUFFERED, FRESH = 16, 32  # flags
@@ -27,7 +28,7 @@ def refusal(entry: Entry, cpu: bool, cuda: bool, shared: set[int]) -> str | None
     for who, x in (("the parameter", p), ("its gradient", g), ("its momentum buffer", b)):
         if x is None:
             continue
-        if type(x) not in _PLAIN or x.is_conj() or x.is_neg() or x._is_zerotensor():
+        if type(x) not in _PLAIN or x.is_conj() or x.is_neg() or is_zero_tensor(x):
             return f"{who} is a subclass or a lazy view of a tensor"
         if x.layout != torch.strided:
             return f"{who} is not strided (sparse, say)"

@@ -12,6 +12,7 @@ from texp import groups, plan, tables
 from texp.reference import Entry
 from texp.tables import BUFFERED, FRESH, IDLE, STATISTIC, STEPPING, Table
 from texp.theory import Step
+from texp.torch_internals import is_watched
 
 _POINT = itemgetter(
     *("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "scale_invariant", "capturable"),
@@ -50,7 +51,7 @@ class Walk:
     ) -> list[tuple]:
         """Takes a step of all tensors that a kernel can take, and returns the others; see csrc/bindings.cpp."""
         kernel = cpu or cuda  # there is one for one of the two
-        watched = torch._C._len_torch_dispatch_stack() > 0
+        watched = is_watched()
         key = None if watched else _key(param_groups, state)
         if key is not None and self._last is not None and key == self._last.key:
             steps = self._last.advance(param_groups, grad_scale)

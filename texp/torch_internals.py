@@ -1,0 +1,48 @@
+"""Every name of torch that is used here but is not part of its public interface, and what takes its place where a
+version of torch does not have it.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+try:
+    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+except ImportError:
+    # Then there is no telling, and every step is taken as one with hooks.
+    _global_optimizer_pre_hooks = _global_optimizer_post_hooks = {0: None}
+
+
+def has_global_step_hooks() -> bool:
+    """Whether torch.optim.optimizer.register_optimizer_step_pre_hook or its like has registered any."""
+    return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+
+disable_dynamo = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
+"""As torch.compiler.disable, which takes seconds to import what it needs."""
+
+is_zero_tensor: Callable[[Tensor], bool] = getattr(Tensor, "_is_zerotensor", lambda x: False)
+"""Whether a tensor is one of zeros without memory, as forward-mode autograd makes them."""
+
+
+def is_watched() -> bool:
+    """Whether a TorchDispatchMode is to see what happens to tensors; where torch does not tell, one may be."""
+    count = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    return count is None or count() > 0
+
+
+def extensions_folder() -> str:
+    """torch.utils.cpp_extension.get_default_build_root(), whose module asks CUDA for devices when it is imported."""
+    try:
+        from torch import _appdirs
+    except ImportError:
+        return os.path.expanduser("~/.cache/torch_extensions")
+    return os.path.realpath(_appdirs.user_cache_dir(appname="torch_extensions"))
+
+
+current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+"""The address of the CUDA stream that torch is using on a device. Called by the C++ core."""
