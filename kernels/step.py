@@ -108,7 +108,11 @@ def _number(group, i: tl.constexpr, where):
     if where == 1:
         value = tl.load(word.to(tl.pointer_type(tl.float32))).to(tl.float64)
     if where == 2:
-        value = tl.load(word.to(tl.pointer_type(tl.float64)))
+        # Half by half: up to 3.9 at least, Triton sets the result of a load to 0 first, and of one that is as wide as
+        # an address that nothing else needs, LLVM puts both into one register. It is then address 0 that is read.
+        halves = word.to(tl.pointer_type(tl.uint32))
+        low, high = tl.load(halves).to(tl.int64), tl.load(halves + 1).to(tl.int64)
+        value = (high << 32 | low).to(tl.float64, bitcast=True)
     return value
 
 
