@@ -40,8 +40,10 @@ def _plus(a, x, y):
 @triton.jit
 def _update(row, p, g, b, offsets, mask, T: tl.constexpr):
     """The four equations of texp.theory.Row, in the type T; p and b are modified in place."""
-    has_g = g.to(tl.int64, bitcast=True) != 0
-    has_b = b.to(tl.int64, bitcast=True) != 0
+    # Compared after they are broadcast: the interpreter makes integers of a truth that it broadcasts, and from 3.9 on
+    # takes none for a mask.
+    has_g = tl.broadcast_to(g.to(tl.int64, bitcast=True), offsets.shape) != 0
+    has_b = tl.broadcast_to(b.to(tl.int64, bitcast=True), offsets.shape) != 0
     weight = tl.load(p + offsets, mask).to(T)
     grad = tl.load(g + offsets, mask & has_g, other=0.0, eviction_policy="evict_first").to(T)
     buf = tl.load(b + offsets, mask & has_b, other=0.0, eviction_policy="evict_first").to(T)
