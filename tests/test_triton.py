@@ -91,6 +91,7 @@ class Advanced:
         self.rows = torch.full((count, 10), math.nan, dtype=torch.float64)
         launch._launch(
             launch.kernels.advance,
+            launch._ADVANCE,
             1,
             torch.device("cpu"),
             torch.frombuffer(bytearray(group), dtype=torch.int64),

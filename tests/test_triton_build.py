@@ -1,5 +1,6 @@
 """The Triton kernels without a GPU: what Triton compiles for one when they are launched, and what becomes of it."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -54,6 +55,13 @@ def launch_all(launcher, offset: int, factor: float) -> None:
     launcher.step_on_device(stepping.tensors, groups, started, **given | {"grad_scale": None, "found_inf": None})
 
 
+class Forgetful(dict):
+    """In place of the compiled kernels that the launcher keeps: each launch goes through Triton's own look-up."""
+
+    def __setitem__(self, key, value) -> None:
+        pass
+
+
 def compile_all(backend: str, arch: int | str, folder: str) -> None:
     """Compiles what launches for a GPU that is not there would compile, leaves the machine code in `folder` and
     prints what it is; for NVIDIA's also the PTX. Called in a process of its own, where Triton does not interpret
@@ -61,6 +69,7 @@ def compile_all(backend: str, arch: int | str, folder: str) -> None:
     """
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
 
     launch = backends._import_kernels()
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
@@ -70,29 +79,32 @@ def compile_all(backend: str, arch: int | str, folder: str) -> None:
     triton.runtime.driver.set_active(gpu)
     launched, compiled = {}, []
 
-    def warm_up(kernel, programs, device, *arguments, **options):
+    def warm_up(kernel, *arguments, grid, warmup, **options):
         types = [x.name for x in arguments if isinstance(x, triton.language.dtype)]
         on_device = isinstance(arguments[-1], bool) and arguments[-1]
-        binary = kernel.run(*arguments, grid=(1,), warmup=True, num_warps=launch._WARPS, **options)
-        launched[" ".join([kernel.fn.__name__, *types, *["on device"] * on_device])] = binary, arguments[-2]
+        binary = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        launched[" ".join([kernel.fn.__name__, *types, *["on device"] * on_device])] = binary, arguments[-2], options
 
     def count(*, fn, **_):
         compiled.append(fn.name)
 
-    launch._launch = warm_up
+    run, JITFunction.run = JITFunction.run, warm_up
+    launch._compiled = Forgetful()
+    torch.cuda.device = contextlib.nullcontext
     triton.knobs.runtime.jit_post_compile_hook = count
     launch_all(launch.Launcher(), offset=0, factor=0.5)
     at_first = len(compiled)
     launch_all(launch.Launcher(), offset=3, factor=0.25)
     code = {}
-    for number, (name, (binary, tile)) in enumerate(launched.items()):
+    for number, (name, (binary, tile, options)) in enumerate(launched.items()):
         kind = "cubin" if backend == "cuda" else "hsaco"
         path = Path(folder) / f"{number}.{kind}"
         path.write_bytes(binary.asm[kind])
         if backend == "cuda":
             path.with_suffix(".ptx").write_text(binary.asm["ptx"])
-        elements = tile // (32 * launch._WARPS) if name.startswith("step") else 0
-        code[name] = {"path": str(path), "elements": elements}
+        elements = tile // (32 * binary.metadata.num_warps) if name.startswith("step") else 0
+        fused = binary.metadata.enable_fp_fusion
+        code[name] = {"path": str(path), "elements": elements, "options": options, "fused": fused}
     constants = {
         kernel.fn.__name__: [param.name for param in kernel.params if param.is_constexpr]
         for kernel in (launch.kernels.step, launch.kernels.advance)
@@ -172,6 +184,15 @@ def test_nothing_is_compiled_again(compiled, arch):
     assert compiled[arch]["constants"] == {"step": ["P", "B", "TILE", "ON_DEVICE"], "advance": ["BLOCK"]}
     assert compiled[arch]["at_first"] == 1 + len(STEPS)
     assert compiled[arch]["again"] == []
+
+
+@pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
+def test_every_launch_says_how_its_kernel_is_compiled(compiled, arch):
+    """Triton's own choice changes: from 3.10 on it fuses no products and sums."""
+    for name, kernel in compiled[arch]["code"].items():
+        fused = name != "advance"
+        assert kernel["options"] == {"num_warps": 8, "enable_fp_fusion": fused}, name
+        assert kernel["fused"] == fused, name
 
 
 @dataclass

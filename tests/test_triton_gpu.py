@@ -11,6 +11,7 @@ from torch import nn
 import texp
 from tests.conftest import relative_error, same_bits
 from tests.gpu import ARGUMENTS, LAYOUTS, needs, set_grads, static_grads, twins
+from tests.test_triton_build import Forgetful
 from texp import groups, theory
 from texp.plan import buf_of
 from texp.theory import Row
@@ -364,13 +365,7 @@ def test_a_schedule_compiles_nothing_again(monkeypatch, scaled):
     """Each launch goes through Triton's own look-up, which the launcher would spare it."""
     import triton
 
-    launch = texp.backends._import_kernels()
-
-    class Forgetful(dict):
-        def __setitem__(self, key, value) -> None:
-            pass
-
-    compiled = []
+    launch, compiled = texp.backends._import_kernels(), []
 
     def count(*, fn, **_) -> None:
         compiled.append(fn.name)
