@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import texp
-from tests.conftest import relative_error, same_bits
+from tests.conftest import profiler, relative_error, same_bits
 from tests.gpu import ARGUMENTS, LAYOUTS, needs, set_grads, static_grads, twins
 from tests.test_triton_build import Forgetful
 from texp import groups, theory
@@ -201,7 +201,7 @@ def test_a_step_is_one_launch_for_each_class_of_types(count, scaled):
     for _ in range(3):
         step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with profiler(torch.profiler.ProfilerActivity.CUDA) as profile:
         step()
         torch.cuda.synchronize()
     events = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
