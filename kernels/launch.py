@@ -22,7 +22,10 @@ _TENSOR, _GROUP, _ROW = 5, 7, 10
 # In the order of csrc/step.h `Dtype`.
 _TYPES = (tl.float32, tl.float64, tl.bfloat16, tl.float16)
 
-_WARPS = 8
+# How Triton compiles the kernels. Whether it fuses products and sums is said of each, for its default changes: from
+# 3.10 on it fuses none.
+_STEP = {"num_warps": 8, "enable_fp_fusion": True}  # fewer instructions, and one rounding less for each sum
+_ADVANCE = {"num_warps": 8, "enable_fp_fusion": False}  # P and κ are to have the bits that the host computes
 
 
 def tile_of(dtype: tl.dtype) -> int:
@@ -171,8 +174,7 @@ class Launcher:
         )
         rows = torch.empty(len(source) * _ROW, dtype=torch.float64, device=started.device)
         arguments = (on_device_groups, on_device_first, on_device, rows, started, grad_scale, found_inf)
-        # Not fused: P and κ are to have the bits that the host computes.
-        _launch(kernels.advance, count, started.device, *arguments, _TENSORS_OF_A_GROUP, enable_fp_fusion=False)
+        _launch(kernels.advance, _ADVANCE, count, started.device, *arguments, _TENSORS_OF_A_GROUP)
         self._step(launches, on_device, rows, found_inf, on_device=True)
         if capturable and not capturing:
             tables.prepare_capture()
@@ -186,15 +188,19 @@ class Launcher:
         for types, tiles in launches:
             param, buf = _TYPES[types & 3], _TYPES[types >> 2]
             arguments = (tensors, tiles, rows, found_inf, param, buf, tile_of(param), on_device)
-            _launch(kernels.step, len(tiles), tensors.device, *arguments)
+            _launch(kernels.step, _STEP, len(tiles), tensors.device, *arguments)
 
 
 _compiled: dict[tuple, object] = {}
 
 
-def _launch(kernel, programs: int, device: torch.device, *arguments, **options) -> None:
+def _launch(kernel, options: dict, programs: int, device: torch.device, *arguments) -> None:
     """Launches through the kernel that the first launch has compiled: Triton's own look-up costs several times as
-    much as a launch."""
+    much as a launch.
+
+    Args:
+        options: the same ones whenever the kernel is launched.
+    """
     grid = (programs, 1, 1)
     if INTERPRETED:
         with numpy.errstate(all="ignore"):  # a GPU does not warn of infinities either
@@ -206,4 +212,4 @@ def _launch(kernel, programs: int, device: torch.device, *arguments, **options) 
         if (compiled := _compiled.get(key)) is not None:
             compiled[grid](*arguments)
         else:
-            _compiled[key] = kernel[grid](*arguments, num_warps=_WARPS, **options)
+            _compiled[key] = kernel[grid](*arguments, **options)

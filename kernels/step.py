@@ -40,8 +40,10 @@ def _plus(a, x, y):
 @triton.jit
 def _update(row, p, g, b, offsets, mask, T: tl.constexpr):
     """The four equations of texp.theory.Row, in the type T; p and b are modified in place."""
-    has_g = g.to(tl.int64, bitcast=True) != 0
-    has_b = b.to(tl.int64, bitcast=True) != 0
+    # Compared after they are broadcast: the interpreter makes integers of a truth that it broadcasts, and from 3.9 on
+    # takes none for a mask.
+    has_g = tl.broadcast_to(g.to(tl.int64, bitcast=True), offsets.shape) != 0
+    has_b = tl.broadcast_to(b.to(tl.int64, bitcast=True), offsets.shape) != 0
     weight = tl.load(p + offsets, mask).to(T)
     grad = tl.load(g + offsets, mask & has_g, other=0.0, eviction_policy="evict_first").to(T)
     buf = tl.load(b + offsets, mask & has_b, other=0.0, eviction_policy="evict_first").to(T)
@@ -108,7 +110,11 @@ def _number(group, i: tl.constexpr, where):
     if where == 1:
         value = tl.load(word.to(tl.pointer_type(tl.float32))).to(tl.float64)
     if where == 2:
-        value = tl.load(word.to(tl.pointer_type(tl.float64)))
+        # Half by half: up to 3.9 at least, Triton sets the result of a load to 0 first, and of one that is as wide as
+        # an address that nothing else needs, LLVM puts both into one register. It is then address 0 that is read.
+        halves = word.to(tl.pointer_type(tl.uint32))
+        low, high = tl.load(halves).to(tl.int64), tl.load(halves + 1).to(tl.int64)
+        value = (high << 32 | low).to(tl.float64, bitcast=True)
     return value
 
 

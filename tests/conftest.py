@@ -97,3 +97,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     a, b = (x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (a, b))
     return torch.equal(a, b)
+
+
+def profiler(activity: torch.profiler.ProfilerActivity) -> torch.profiler.profile:
+    """Of torch, to be entered once. Without acc_events, torch 2.10 to 2.12 warn that events of earlier cycles are
+    lost, of which there are none."""
+    return torch.profiler.profile(activities=[activity], acc_events=True)

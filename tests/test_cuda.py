@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import texp
-from tests.conftest import same_bits
+from tests.conftest import profiler, same_bits
 from tests.gpu import ARGUMENTS, LAYOUTS, needs, set_grads, static_grads, twins
 
 pytestmark = needs("cuda")
@@ -69,7 +69,7 @@ def test_a_step_is_one_launch(groups):
     for _ in range(2):
         optimizer.step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with profiler(torch.profiler.ProfilerActivity.CUDA) as profile:
         optimizer.step()
         torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]

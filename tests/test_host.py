@@ -1,5 +1,7 @@
 """The host side of a step, in C++ and in Python: what goes where, and that nothing is lost."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import texp
-from tests.conftest import relative_error
+from tests.conftest import relative_error, same_bits
 from tests.states import param
 
 core = texp.backends.core()
@@ -60,7 +62,7 @@ def test_what_is_left_to_the_reference_can_be_batched(monkeypatch):
     for p in params:
         p.grad = torch.ones_like(p)
     batches = []
-    monkeypatch.setattr(texp.plan.reference, "apply", lambda row, entries, foreach: batches.append(len(entries)))
+    monkeypatch.setattr(texp.plan.reference, "apply", lambda row, entries, **_: batches.append(len(entries)))
     texp.SGD(params, lr=0.1, momentum=0.9).step()
     assert batches == [3]
 
@@ -253,9 +255,10 @@ class TestSharedMemory:
     @pytest.mark.parametrize(
         "kind", ["one tensor, two parameters", "overlapping slices", "every other element, twice", "interleaved"]
     )
-    def test_of_parameters(self, general, kind):
+    @pytest.mark.parametrize("foreach", [False, True])
+    def test_of_parameters(self, general, kind, foreach):
         runs = []
-        for make in (general.sgd, torch.optim.SGD):
+        for make in (functools.partial(general.sgd, foreach=foreach), torch.optim.SGD):
             params = self.views(kind)
             optimizer = make([*params, param()], **self.ARGUMENTS)
             for _ in range(3):
@@ -275,11 +278,28 @@ class TestSharedMemory:
             optimizer.step()
         assert all((p == 0).all() for p in params)
 
+    @pytest.mark.parametrize("foreach", [False, True])
+    def test_of_groups_that_take_turns(self, general, foreach):
+        """The first and the last have one row, and could be stepped in one batch: before the group between them."""
+        runs = []
+        for make in (functools.partial(general.sgd, foreach=foreach), torch.optim.SGD):
+            of_no_kernel = nn.Parameter(torch.ones(5, dtype=torch.complex64))
+            params = [of_no_kernel, *self.views("overlapping slices")]
+            groups = [{"params": [p], "lr": lr} for p, lr in zip(params, (0.25, 0.5, 0.25), strict=True)]
+            optimizer = make(groups, weight_decay=0.25)
+            for _ in range(2):
+                for i, p in enumerate(params):
+                    p.grad = torch.full_like(p, 2.0**i)
+                optimizer.step()
+            runs.append(params)
+        assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+
+    @pytest.mark.parametrize("foreach", [False, True])
     @pytest.mark.parametrize("late", [False, True])
-    def test_of_a_parameter_that_is_there_twice(self, general, late):
+    def test_of_a_parameter_that_is_there_twice(self, general, late, foreach):
         """torch warns and steps it twice; so does texp."""
         runs = []
-        for make in (torch.optim.SGD, general.sgd):
+        for make in (torch.optim.SGD, functools.partial(general.sgd, foreach=foreach)):
             p = nn.Parameter(torch.ones(100_000))
             if late:
                 optimizer = make([p], **self.ARGUMENTS)
@@ -293,19 +313,40 @@ class TestSharedMemory:
             runs.append(p)
         assert torch.equal(*runs)
 
+    @pytest.mark.parametrize("foreach", [False, True])
     @pytest.mark.parametrize("strided", [False, True])
-    def test_norm_stats_of_two_groups(self, target, strided):
+    def test_norm_stats_of_two_groups(self, target, strided, foreach):
         """A statistic behind two groups grows with both."""
         stat = torch.ones(6, device=target.device)[:: 2 if strided else 1]
         params = [param(device=target.device) for _ in range(2)]
         groups = [{"params": [p], "scale_invariant": True, "norm_stats": [(stat, 1)]} for p in params]
-        optimizer = target.sgd(groups, lr=0.25, weight_decay=1.0)
+        optimizer = target.sgd(groups, lr=0.25, weight_decay=1.0, foreach=foreach)
         for p in params:
             p.grad = torch.zeros_like(p)
         optimizer.step()
         grown = [group["scale"] for group in optimizer.param_groups]
         assert grown == [4 / 3, 4 / 3]
         assert torch.allclose(stat, torch.full_like(stat, 16 / 9))
+
+    def test_norm_stats_have_the_same_bits_in_batches(self, general):
+        """Of two groups, three times in one of them, and beside a statistic that is nobody else's."""
+        runs = []
+        for foreach in (False, True):
+            shared, own = torch.linspace(0.1, 0.9, 7), torch.linspace(1, 2, 5)
+            params = [param(), param()]
+            stats = [[(shared, 1), (own, 1)], [(shared, 1), (shared[2:], 1), (shared, 2)]]
+            groups = [
+                {"params": [p], "scale_invariant": True, "norm_stats": its}
+                for p, its in zip(params, stats, strict=True)
+            ]
+            optimizer = general.sgd(groups, lr=0.1, momentum=0.9, weight_decay=0.3, foreach=foreach)
+            for _ in range(5):
+                for p in params:
+                    p.grad = torch.ones_like(p)
+                optimizer.step()
+            runs.append([shared, own])
+        assert all(same_bits(x, y) for x, y in zip(*runs, strict=True))
+        assert (runs[0][0] > torch.linspace(0.1, 0.9, 7)).all()
 
 
 def test_the_parameters_of_a_group_may_be_a_tuple(general):

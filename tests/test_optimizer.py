@@ -10,7 +10,7 @@ from torch import nn
 
 import texp
 import texp.groups
-from tests.conftest import relative_error, same_bits
+from tests.conftest import profiler, relative_error, same_bits
 from tests.states import assert_unchanged, param, snapshot
 
 
@@ -76,7 +76,7 @@ class TestTheInterfaceOfTorch:
         calls = []
         optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
         optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with profiler(torch.profiler.ProfilerActivity.CPU) as profile:
             optimizer.step()
         assert calls == ["pre", "post"]
         assert any(event.key == "Optimizer.step#SGD.step" for event in profile.key_averages())

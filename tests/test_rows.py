@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.conftest import INTERPRETED, same_bits
@@ -179,6 +179,49 @@ def test_a_batch_of_mixed_kinds_is_the_same_as_one_by_one():
     reference.apply(EXPONENTIAL, batched, foreach=True)
     for a, b in zip(one_by_one, batched, strict=True):
         assert all((x is None and y is None) or same_bits(x, y) for x, y in zip(a, b, strict=True))
+
+
+# Views of 12 elements, 4 each, by where they begin and by their steps; and entries of them, by number: a parameter,
+# and a buffer, one of those or one of its own.
+views = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3)), min_size=1, max_size=6)
+numbers = st.integers(0, 5)
+
+
+@given(views, st.lists(st.tuples(numbers, st.none() | st.just("own") | numbers), min_size=2, max_size=6))
+@example([(0, 1)], [(0, None)] * 3)
+@example([(0, 1), (2, 1)], [(0, "own"), (1, "own")])
+@example([(0, 1), (4, 1), (8, 1)], [(0, 1), (1, "own"), (2, "own")])  # a buffer is the parameter of another
+@example([(0, 1), (4, 1), (8, 1)], [(0, 2), (1, 2)])  # two have one buffer
+def test_entries_that_share_memory_are_stepped_one_after_the_other(views, of_entries):
+    """In the order in which they are given, batched or not."""
+
+    def run(foreach: bool) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(5)
+        storage = torch.randn(12, generator=generator)
+        made = [storage[begin : begin + 3 * step + 1 : step] for begin, step in views]
+        entries = []
+        for p, b in of_entries:
+            g, own = torch.randn(2, 4, generator=generator)
+            b = own if b == "own" else None if b is None else made[b % len(made)]
+            entries.append(Entry(made[p % len(made)], g, b))
+        reference.apply(EXPONENTIAL, entries, foreach=foreach)
+        return [storage, *(entry.buf for entry in entries if entry.buf is not None)]
+
+    for x, y in zip(run(True), run(False), strict=True):
+        assert same_bits(x, y)
+
+
+def test_entries_that_share_no_memory_stay_in_batches(monkeypatch):
+    """Also where others share some."""
+    storage, batches = torch.zeros(20), []
+    entries = [Entry(storage[4 * i : 4 * i + 4], torch.ones(4)) for i in range(5)]
+    shared = [Entry(storage[2:6], torch.ones(4)), Entry(torch.ones(4), None, storage[1:5])]
+    monkeypatch.setattr(reference, "_apply", lambda row, batch: batches.append(len(batch)))
+    reference.apply(ORDINARY, entries, foreach=True)
+    assert batches == [5]
+    batches.clear()
+    reference.apply(ORDINARY, [*entries, *shared], foreach=True)
+    assert sorted(batches) == [1, 1, 1, 1, 3]
 
 
 @each_apply

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -59,13 +59,18 @@ def test_every_element_is_written_once_and_no_other(wide_buf, name, offset):
 
 
 class Advanced:
-    """What the kernel `advance` makes of one group."""
+    """What the kernel `advance` makes of one group.
+
+    lr: in device memory, in place of that of hyper.
+    """
 
     KINDS = ("running", "starting", "unbuffered", "idle", "idle before its first step", "idle, unbuffered")
     POWERS = (1.0, 2.0, 0.5, -3.0, 0.0)
 
-    def __init__(self, scale: Scale, hyper, begun: bool, unbuffered: bool, grad_scale: float, found_inf: float = 0.0):
-        from texp.kernels import step as kernels
+    def __init__(
+        self, scale: Scale, hyper, begun: bool, unbuffered: bool, grad_scale: float, found_inf: float = 0.0, lr=None
+    ):
+        from texp.kernels import launch
 
         self.state = torch.tensor([[scale.P, scale.kappa, 0, 0]], dtype=torch.float64)
         self.state.view(torch.int64)[0, 2:] = torch.tensor([scale.exponent, begun])
@@ -77,12 +82,18 @@ class Advanced:
             table.add(Entry(p), 0, of_kind, slot=slot, flags=buffered.get(slot, 0))
         for power in self.POWERS:
             table.add(Entry(p), 0, tables.STATISTIC, power=power)
-        numbers = struct.pack("=4d", hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay)
+        of_lr = struct.pack("=d", hyper.lr) if lr is None else struct.pack("=Q", lr.data_ptr())
+        numbers = of_lr + struct.pack("=3d", hyper.momentum, hyper.dampening, hyper.weight_decay)
+        where = 0 if lr is None else {torch.float32: walk._FLOAT32, torch.float64: walk._FLOAT64}[lr.dtype]
         flags = (hyper.nesterov, hyper.maximize, hyper.scale_invariant, unbuffered)
-        group = walk._GROUP.pack(numbers, self.state.data_ptr(), 0, 0, 0, 0, *flags)
+        group = walk._GROUP.pack(numbers, self.state.data_ptr(), where, 0, 0, 0, *flags)
         count = len(self.KINDS) + len(self.POWERS)
         self.rows = torch.full((count, 10), math.nan, dtype=torch.float64)
-        kernels.advance[(1,)](
+        launch._launch(
+            launch.kernels.advance,
+            launch._ADVANCE,
+            1,
+            torch.device("cpu"),
             torch.frombuffer(bytearray(group), dtype=torch.int64),
             torch.tensor([0, count]),
             torch.frombuffer(table.tensors, dtype=torch.int64),
@@ -123,6 +134,23 @@ def test_the_rows_on_the_device_have_the_bits_of_theory(hyper, P, exponent, kapp
     momentum = hyper.momentum != 0
     assert of.started.tolist() == [1, momentum, 0, 1, 0, 0]
     assert of.state.view(torch.int64)[0, 3] == ((begun and not unbuffered) or momentum)
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@given(value=st.floats(allow_nan=False, allow_infinity=False))
+@example(value=0.1)  # the lower half, taken by itself, would be negative
+@example(value=-0.1)
+@example(value=5e-324)  # nothing but a lower half
+@example(value=-5e-324)
+@example(value=sys.float_info.max)
+@example(value=-sys.float_info.max)
+def test_a_number_on_the_device_keeps_its_bits(dtype, value):
+    """The row of an ordinary step without momentum holds its LR as it is."""
+    most = torch.finfo(dtype).max
+    lr = torch.tensor(min(max(value, -most), most), dtype=dtype)
+    of = Advanced(Scale(), theory.Hyperparameters(0.0, 0.0, 0.0, 0.0), False, False, 1.0, lr=lr)
+    assert same_bits(of.rows[0, 7], lr.double())
 
 
 @interpreter

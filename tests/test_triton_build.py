@@ -1,5 +1,6 @@
 """The Triton kernels without a GPU: what Triton compiles for one when they are launched, and what becomes of it."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from array import array
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,12 +55,21 @@ def launch_all(launcher, offset: int, factor: float) -> None:
     launcher.step_on_device(stepping.tensors, groups, started, **given | {"grad_scale": None, "found_inf": None})
 
 
+class Forgetful(dict):
+    """In place of the compiled kernels that the launcher keeps: each launch goes through Triton's own look-up."""
+
+    def __setitem__(self, key, value) -> None:
+        pass
+
+
 def compile_all(backend: str, arch: int | str, folder: str) -> None:
     """Compiles what launches for a GPU that is not there would compile, leaves the machine code in `folder` and
-    prints what it is. Called in a process of its own, where Triton does not interpret kernels.
+    prints what it is; for NVIDIA's also the PTX. Called in a process of its own, where Triton does not interpret
+    kernels.
     """
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
 
     launch = backends._import_kernels()
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
@@ -68,27 +79,32 @@ def compile_all(backend: str, arch: int | str, folder: str) -> None:
     triton.runtime.driver.set_active(gpu)
     launched, compiled = {}, []
 
-    def warm_up(kernel, programs, device, *arguments, **options):
+    def warm_up(kernel, *arguments, grid, warmup, **options):
         types = [x.name for x in arguments if isinstance(x, triton.language.dtype)]
         on_device = isinstance(arguments[-1], bool) and arguments[-1]
-        binary = kernel.run(*arguments, grid=(1,), warmup=True, num_warps=launch._WARPS, **options)
-        launched[" ".join([kernel.fn.__name__, *types, *["on device"] * on_device])] = binary, arguments[-2]
+        binary = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        launched[" ".join([kernel.fn.__name__, *types, *["on device"] * on_device])] = binary, arguments[-2], options
 
     def count(*, fn, **_):
         compiled.append(fn.name)
 
-    launch._launch = warm_up
+    run, JITFunction.run = JITFunction.run, warm_up
+    launch._compiled = Forgetful()
+    torch.cuda.device = contextlib.nullcontext
     triton.knobs.runtime.jit_post_compile_hook = count
     launch_all(launch.Launcher(), offset=0, factor=0.5)
     at_first = len(compiled)
     launch_all(launch.Launcher(), offset=3, factor=0.25)
     code = {}
-    for number, (name, (binary, tile)) in enumerate(launched.items()):
+    for number, (name, (binary, tile, options)) in enumerate(launched.items()):
         kind = "cubin" if backend == "cuda" else "hsaco"
         path = Path(folder) / f"{number}.{kind}"
         path.write_bytes(binary.asm[kind])
-        elements = tile // (32 * launch._WARPS) if name.startswith("step") else 0
-        code[name] = {"path": str(path), "elements": elements}
+        if backend == "cuda":
+            path.with_suffix(".ptx").write_text(binary.asm["ptx"])
+        elements = tile // (32 * binary.metadata.num_warps) if name.startswith("step") else 0
+        fused = binary.metadata.enable_fp_fusion
+        code[name] = {"path": str(path), "elements": elements, "options": options, "fused": fused}
     constants = {
         kernel.fn.__name__: [param.name for param in kernel.params if param.is_constexpr]
         for kernel in (launch.kernels.step, launch.kernels.advance)
@@ -168,6 +184,94 @@ def test_nothing_is_compiled_again(compiled, arch):
     assert compiled[arch]["constants"] == {"step": ["P", "B", "TILE", "ON_DEVICE"], "advance": ["BLOCK"]}
     assert compiled[arch]["at_first"] == 1 + len(STEPS)
     assert compiled[arch]["again"] == []
+
+
+@pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
+def test_every_launch_says_how_its_kernel_is_compiled(compiled, arch):
+    """Triton's own choice changes: from 3.10 on it fuses no products and sums."""
+    for name, kernel in compiled[arch]["code"].items():
+        fused = name != "advance"
+        assert kernel["options"] == {"num_warps": 8, "enable_fp_fusion": fused}, name
+        assert kernel["fused"] == fused, name
+
+
+@dataclass
+class Load:
+    """An instruction of PTX that loads from global memory, in the inline assembly that Triton writes for it."""
+
+    statement: str
+    lost: set[str]  # registers that it reads, and that the same assembly has overwritten before
+
+
+def loads_of(ptx: str) -> list[Load]:
+    """All loads from global memory, which have to be in inline assembly.
+
+    Triton sets the result to what a masked load leaves there, and then loads. It does not tell LLVM that it writes
+    the one before it has read the other, so that LLVM may put both into one register: what is loaded is then what
+    lies at address 0. LLVM does so where the result is as wide as an address that nothing else needs.
+    """
+    loads = []
+    for assembly in re.findall(r"// begin inline asm\n(.*?)// end inline asm", ptx, re.DOTALL):
+        written: set[str] = set()
+        for statement in map(str.strip, assembly.splitlines()):
+            parts = re.fullmatch(r"(@!?%\w+ +)?([a-z][\w.:]*)\s+(\{[^}]*\}|%\w+)\s*,(.*);", statement)
+            if parts is None:
+                continue
+            predicate, operation, result, operands = parts.groups()
+            read = set(re.findall(r"%\w+", f"{predicate} {operands}"))
+            if operation.startswith("ld.global"):
+                loads.append(Load(statement, read & written))
+            written.update(re.findall(r"%\w+", result))
+    assert len(loads) == len(re.findall(r"\bld\.global", ptx))
+    return loads
+
+
+def inline(*statements: str) -> str:
+    return "\n".join(["\tadd.s64 %rd2, %rd2, 8;", "\t// begin inline asm", *statements, "\t// end inline asm", ""])
+
+
+PTX = {
+    "scalar": (["mov.u64 %rd1, 0x0;", "ld.global.b64 { %rd1 }, [ %rd2 + 0 ];"], set()),
+    "scalar, lost": (["mov.u64 %rd1, 0x0;", "ld.global.b64 { %rd1 }, [ %rd1 + 0 ];"], {"%rd1"}),
+    "of another width": (["mov.u32 %r1, 0x0;", "ld.global.b32 { %r1 }, [ %rd1 + 0 ];"], set()),
+    "nothing is set": (["ld.global.b64 { %rd1 }, [ %rd1 + 0 ];"], set()),
+    "with lines of the source": (
+        [".loc 1 9 5, inlined_at 1 2 3 // step.py:9:5", "\tmov.u64 %rd1, %rd7;", ".loc 1 9 5", "",
+         "\t@%p1 ld.global.L1::evict_first.b64 { %rd1 }, [ %rd1 + 8 ];"], {"%rd1"},
+    ),
+    "vector": (
+        ["mov.u64 %rd1, 0x0;", "mov.u64 %rd3, 0x0;", "@!%p2 ld.global.v2.b64 { %rd1, %rd3 }, [ %rd2 + 0 ];"], set()
+    ),
+    "vector, lost": (
+        ["mov.u64 %rd1, 0x0;", "mov.u64 %rd3, 0x0;", "@!%p2 ld.global.v2.b64 { %rd1, %rd3 }, [ %rd3 + 0 ];"], {"%rd3"}
+    ),
+    "policy, lost": (
+        ["mov.u64 %rd1, %rd9;", "ld.global.L2::cache_hint.b64 { %rd1 }, [ %rd2 + 0 ], %rd1;"], {"%rd1"}
+    ),
+    "predicate, lost": (["mov.pred %p1, %p2;", "@%p1 ld.global.b32 { %r1 }, [ %rd2 + 0 ];"], {"%p1"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PTX)
+def test_how_a_lost_register_is_found(name):
+    statements, lost = PTX[name]
+    whole = ["mov.u64 %rd2, 0x0;", "ld.global.b64 { %rd2 }, [ %rd4 + 0 ];"]
+    loads = loads_of(inline(*whole) + inline(*statements))
+    assert [load.lost for load in loads] == [set(), lost]
+    assert loads[1].statement == statements[-1].strip()
+
+
+def test_a_load_outside_of_inline_assembly_is_not_overlooked():
+    with pytest.raises(AssertionError):
+        loads_of(inline(*PTX["scalar"][0]) + "\tld.global.b64 %rd1, [%rd1];\n")
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_no_load_has_lost_its_address(compiled, arch):
+    for name, kernel in compiled[arch]["code"].items():
+        loads = loads_of(Path(kernel["path"]).with_suffix(".ptx").read_text())
+        assert loads, name
+        assert [load.statement for load in loads if load.lost] == [], name
 
 
 class TestTheMachineCode:

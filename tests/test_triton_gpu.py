@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import texp
-from tests.conftest import relative_error, same_bits
+from tests.conftest import profiler, relative_error, same_bits
 from tests.gpu import ARGUMENTS, LAYOUTS, needs, set_grads, static_grads, twins
+from tests.test_triton_build import Forgetful
 from texp import groups, theory
 from texp.plan import buf_of
 from texp.theory import Row
@@ -200,7 +201,7 @@ def test_a_step_is_one_launch_for_each_class_of_types(count, scaled):
     for _ in range(3):
         step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with profiler(torch.profiler.ProfilerActivity.CUDA) as profile:
         step()
         torch.cuda.synchronize()
     events = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -364,13 +365,7 @@ def test_a_schedule_compiles_nothing_again(monkeypatch, scaled):
     """Each launch goes through Triton's own look-up, which the launcher would spare it."""
     import triton
 
-    launch = texp.backends._import_kernels()
-
-    class Forgetful(dict):
-        def __setitem__(self, key, value) -> None:
-            pass
-
-    compiled = []
+    launch, compiled = texp.backends._import_kernels(), []
 
     def count(*, fn, **_) -> None:
         compiled.append(fn.name)

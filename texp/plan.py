@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from texp import backends, groups, reference, theory
+from texp.memory import that_share_memory
 from texp.reference import Entry
 from texp.theory import KEEP, Hyperparameters, Row, Step
 
@@ -108,7 +109,7 @@ class Rest:
         self.named = named
         self.param_groups = param_groups
         self.state = state
-        self.work: dict[tuple[bool | None, Row], list[Entry]] = {}  # by `foreach` and row: batches
+        self.work: list[tuple[tuple[bool | None, Row], Entry]] = []  # with `foreach` and row
         self.new_bufs: list[tuple[Tensor, Tensor]] = []
 
     def check(self, left: Iterable[tuple]) -> None:
@@ -125,11 +126,12 @@ class Rest:
             if starts:
                 entry = with_buf(entry)
                 self.new_bufs.append((entry.param, entry.buf))
-            self.work.setdefault((group["foreach"], row), []).append(entry)
+            self.work.append(((group["foreach"], row), entry))
 
     def do(self) -> None:
-        for (foreach, row), entries in self.work.items():
-            reference.apply(row, entries, foreach=foreach)
+        shared = that_share_memory(reference.written(entry for _, entry in self.work))
+        for (foreach, row), entries in reference.in_batches(self.work, shared):
+            reference.apply(row, entries, foreach=foreach, shared=shared)
         for param, buf in self.new_bufs:
             self.state[param]["momentum_buffer"] = buf
 
@@ -161,7 +163,8 @@ def _check_tensors(index: int, row: Row, entry: Entry) -> None:
     for what, tensor in (("a parameter", param), ("a momentum buffer", buf)):
         if tensor is None or tensor.layout != torch.strided:
             continue
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        strides = () if tensor.is_contiguous() else zip(tensor.shape, tensor.stride(), strict=True)
+        if any(size > 1 and stride == 0 for size, stride in strides):
             raise RuntimeError(
                 f"parameter group {index}: {what} of shape {tuple(tensor.shape)} holds several elements in one place "
                 "(it was expanded) and cannot be written to; clone() it first"

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from texp.reference import Entry
-from texp.tables import that_share_memory
+from texp.memory import that_share_memory
 
 EPS = 1e-30  # of every norm of the copy: not 0, which BatchNorm refuses
 EPS_NAMES = ("eps", "epsilon", "variance_epsilon")
@@ -63,7 +62,7 @@ class Probe:
                 raise ValueError(f"parameter {name} has no shape yet: run the model once before")
             if p.is_complex():
                 raise ValueError(f"parameter {name} is complex, which texp.audit cannot take")
-        shared = that_share_memory(Entry(p) for p in model.parameters())
+        shared = that_share_memory(model.parameters())
         if names := [name for name, p in model.named_parameters() if id(p) in shared]:
             raise ValueError(f"parameters {', '.join(names)} share memory: make them one parameter")
         # deepcopy refuses tensors that were computed, which torch's older weight_norm leaves in modules.

@@ -2,12 +2,13 @@
 tested against, so it is written to read like the four equations of `texp.theory.Row`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from texp.memory import PLAIN, that_share_memory
 from texp.theory import Row
 
 
@@ -19,8 +20,13 @@ class Entry(NamedTuple):
     buf: Tensor | None = None  # None: taken as 0 and not written
 
 
+def written(entries: Iterable[Entry]) -> list[Tensor]:
+    """What a step of the entries modifies."""
+    return [x for entry in entries for x in (entry.param, entry.buf) if x is not None]
+
+
 @torch.no_grad()
-def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None) -> None:
+def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None, shared: set[int] | None = None) -> None:
     """Applies `row` to each entry; params and bufs are modified in place.
 
     Arithmetic is in float32, or in the parameter's own dtype where that is wider, and is rounded once to the
@@ -30,15 +36,19 @@ def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None) ->
     Args:
         foreach: batch the tensors of each device and dtype, which saves kernel launches and needs memory for
             temporaries of all of them. None: where all are plain tensors on an accelerator, as in torch.optim.
+            Those that share memory are stepped one after the other all the same.
+        shared: ids of the tensors that do, where the caller knows.
     """
     entries = list(entries)
     if foreach is None:
-        foreach = all(type(e.param) in _PLAIN and e.param.device.type != "cpu" for e in entries)
-    for batch in _batches(entries) if foreach else ([entry] for entry in entries):
+        foreach = all(type(e.param) in PLAIN and e.param.device.type != "cpu" for e in entries)
+    if not foreach:
+        batches = [[entry] for entry in entries]
+    else:
+        shared = that_share_memory(written(entries)) if shared is None else shared
+        batches = [batch for _, batch in in_batches([(_kind(entry), entry) for entry in entries], shared)]
+    for batch in batches:
         _apply(row, batch)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_lazy(x: Tensor) -> bool:
@@ -46,13 +56,20 @@ def _is_lazy(x: Tensor) -> bool:
     return x.is_conj() or x.is_neg()
 
 
-def _batches(entries: list[Entry]) -> Iterable[list[Entry]]:
-    """Entries of one kind together: device, dtypes, dense or sparse, which of grad and buf are there."""
+def _kind(entry: Entry) -> tuple:
+    """What a batch has in common: device, dtypes, dense or sparse, which of grad and buf are there."""
+    return tuple([None if x is None else (type(x), x.device, x.dtype, x.layout, _is_lazy(x)) for x in entry])
+
+
+def in_batches(work: Iterable[tuple[Hashable, Entry]], shared: set[int]) -> list[tuple[Hashable, list[Entry]]]:
+    """Entries with the same key together, but those that share memory each by itself, and in the order in which they
+    are given: all of a batch is read before any of it is written.
+    """
     batches: dict[tuple, list[Entry]] = {}
-    for entry in entries:
-        kind = tuple(None if x is None else (type(x), x.device, x.dtype, x.layout, _is_lazy(x)) for x in entry)
-        batches.setdefault(kind, []).append(entry)
-    return batches.values()
+    for key, entry in work:
+        alone = id(entry.param) in shared or id(entry.buf) in shared
+        batches.setdefault((key, len(batches) if alone else None), []).append(entry)
+    return [(key, batch) for (key, _), batch in batches.items()]
 
 
 def _apply(row: Row, batch: list[Entry]) -> None:
@@ -113,7 +130,7 @@ def _write(destination: list[Tensor], term: _Term | None) -> None:
     values = _product(term)
     if values[0] is destination[0]:
         return
-    if type(destination[0]) in _PLAIN and not _is_lazy(destination[0]):
+    if type(destination[0]) in PLAIN and not _is_lazy(destination[0]):
         torch._foreach_copy_(destination, values)
     else:
         for x, value in zip(destination, values, strict=True):  # a DTensor has no foreach copy

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable
 import torch
 from torch import Tensor
 
+from texp.memory import PLAIN
 from texp.reference import Entry
 from texp.theory import Row
 from texp.torch_internals import is_zero_tensor
@@ -19,7 +20,6 @@ BUFFERED, FRESH = 16, 32  # flags
 _WITH_GRAD, _WITH_POWER = struct.Struct("=QQQqiHBB"), struct.Struct("=QdQqiHBB")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def refusal(entry: Entry, cpu: bool, cuda: bool, shared: set[int]) -> str | None:
@@ -28,7 +28,7 @@ def refusal(entry: Entry, cpu: bool, cuda: bool, shared: set[int]) -> str | None
     for who, x in (("the parameter", p), ("its gradient", g), ("its momentum buffer", b)):
         if x is None:
             continue
-        if type(x) not in _PLAIN or x.is_conj() or x.is_neg() or is_zero_tensor(x):
+        if type(x) not in PLAIN or x.is_conj() or x.is_neg() or is_zero_tensor(x):
             return f"{who} is a subclass or a lazy view of a tensor"
         if x.layout != torch.strided:
             return f"{who} is not strided (sparse, say)"
@@ -51,30 +51,6 @@ def refusal(entry: Entry, cpu: bool, cuda: bool, shared: set[int]) -> str | None
     if id(p) in shared or id(b) in shared:
         return "the parameter or its buffer lies in memory that another tensor of this step lies in, too"
     return None
-
-
-def that_share_memory(entries: Iterable[Entry]) -> set[int]:
-    """Ids of tensors that are written to, and whose memory from the first to the last element is not theirs alone."""
-    spans = sorted(
-        (x.data_ptr(), x.data_ptr() + _extent(x), id(x))
-        for entry in entries
-        for x in (entry.param, entry.buf)
-        if x is not None and x.layout == torch.strided and type(x) in _PLAIN and x.numel() > 0
-    )
-    shared: set[int] = set()
-    end, furthest = 0, 0
-    for begin, until, tensor in spans:
-        if begin < end:
-            shared.update((tensor, furthest))
-        if until > end:
-            end, furthest = until, tensor
-    return shared
-
-
-def _extent(x: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    steps = ((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return (sum(steps) + 1) * x.element_size()
 
 
 def table_of(rows: Iterable[Row]) -> bytearray:

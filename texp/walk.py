@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from texp import groups, plan, tables
-from texp.reference import Entry
+from texp.memory import that_share_memory
+from texp.reference import Entry, written
 from texp.tables import BUFFERED, FRESH, IDLE, STATISTIC, STEPPING, Table
 from texp.theory import Step
 from texp.torch_internals import is_watched
@@ -64,7 +65,7 @@ class Walk:
         plans = plan.of_groups(param_groups, state, grad_scale)
         last, left = _Last(key, plans), []
         work = [(p, kind, entry) for p in plans for kind in last.kinds[p.index] for entry in p.work[kind]]
-        shared = tables.that_share_memory(entry for _, _, entry in work)
+        shared = that_share_memory(written(entry for _, _, entry in work))
         for p, kind, entry in work:
             why = _WATCHED if watched else tables.refusal(entry, bool(cpu), bool(cuda), shared)
             if why is None:
@@ -103,7 +104,7 @@ class Walk:
             if (why := walk.add(index, group, state, slot)) is not None:
                 return why
             slot += len(group["params"])
-        if tables.that_share_memory(walk.entries):
+        if that_share_memory(written(walk.entries)):
             return "parameters, buffers or norm_stats share memory"
         if walk.table.tensors:
             kernel(walk.table.tensors, walk.groups)
