@@ -10,6 +10,7 @@ from torch import Tensor
 
 from texp.memory import PLAIN, that_share_memory
 from texp.theory import Row
+from texp.torch_internals import foreach_add, foreach_add_, foreach_copy_, foreach_mul
 
 
 class Entry(NamedTuple):
@@ -83,11 +84,11 @@ def _apply(row: Row, batch: list[Entry]) -> None:
     b_next = _sum(row.r_u, u, row.r_d, d)
     if b_next is not None and b_next.tensors is p.tensors:
         # p changes before b is written.
-        b_next = _Term(1.0, torch._foreach_mul(b_next.tensors, b_next.scalar))
+        b_next = _Term(1.0, foreach_mul(b_next.tensors, b_next.scalar))
     if row.s_p == 1:
         # In place, so that a sparse d costs no more than its own rows.
         if d is not None:
-            torch._foreach_add_(p.tensors, d.tensors, alpha=-row.e * d.scalar)
+            foreach_add_(p.tensors, d.tensors, alpha=-row.e * d.scalar)
         p_next = p
     else:
         p_next = _sum(row.s_p, p, -row.e, d)
@@ -115,11 +116,11 @@ def _sum(x: float, a: _Term | None, y: float, b: _Term | None) -> _Term | None:
     a, b = (None if term is None or s == 0 else term._replace(scalar=s * term.scalar) for s, term in ((x, a), (y, b)))
     if a is None or b is None:
         return a or b
-    return _Term(1.0, torch._foreach_add(_product(a), b.tensors, alpha=b.scalar))
+    return _Term(1.0, foreach_add(_product(a), b.tensors, alpha=b.scalar))
 
 
 def _product(term: _Term) -> list[Tensor]:
-    return term.tensors if term.scalar == 1 else torch._foreach_mul(term.tensors, term.scalar)
+    return term.tensors if term.scalar == 1 else foreach_mul(term.tensors, term.scalar)
 
 
 def _write(destination: list[Tensor], term: _Term | None) -> None:
@@ -131,7 +132,7 @@ def _write(destination: list[Tensor], term: _Term | None) -> None:
     if values[0] is destination[0]:
         return
     if type(destination[0]) in PLAIN and not _is_lazy(destination[0]):
-        torch._foreach_copy_(destination, values)
+        foreach_copy_(destination, values)
     else:
         for x, value in zip(destination, values, strict=True):  # a DTensor has no foreach copy
             x.copy_(value)

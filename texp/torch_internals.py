@@ -14,6 +14,11 @@ except ImportError:
     # Then there is no telling, and every step is taken as one with hooks.
     _global_optimizer_pre_hooks = _global_optimizer_post_hooks = {0: None}
 
+try:
+    from torch import _appdirs
+except ImportError:
+    _appdirs = None
+
 
 def has_global_step_hooks() -> bool:
     """Whether torch.optim.optimizer.register_optimizer_step_pre_hook or its like has registered any."""
@@ -23,21 +28,34 @@ def has_global_step_hooks() -> bool:
 disable_dynamo = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
 """As torch.compiler.disable, which takes seconds to import what it needs."""
 
-is_zero_tensor: Callable[[Tensor], bool] = getattr(Tensor, "_is_zerotensor", lambda x: False)
+is_zero_tensor: Callable[[Tensor], bool] = getattr(torch, "_is_zerotensor", lambda x: False)
 """Whether a tensor is one of zeros without memory, as forward-mode autograd makes them."""
+
+
+def _foreach(name: str) -> Callable:
+    """torch._foreach_`name`, or one operation after the other."""
+
+    def one_by_one(tensors: list[Tensor], others, **arguments) -> list[Tensor]:
+        others = others if isinstance(others, list) else [others] * len(tensors)
+        return [getattr(x, name)(y, **arguments) for x, y in zip(tensors, others, strict=True)]
+
+    return getattr(torch, f"_foreach_{name}", one_by_one)
+
+
+foreach_add, foreach_add_, foreach_mul, foreach_copy_ = map(_foreach, ("add", "add_", "mul", "copy_"))
+
+
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def is_watched() -> bool:
     """Whether a TorchDispatchMode is to see what happens to tensors; where torch does not tell, one may be."""
-    count = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    return count is None or count() > 0
+    return _dispatch_modes() > 0
 
 
 def extensions_folder() -> str:
     """torch.utils.cpp_extension.get_default_build_root(), whose module asks CUDA for devices when it is imported."""
-    try:
-        from torch import _appdirs
-    except ImportError:
+    if _appdirs is None:
         return os.path.expanduser("~/.cache/torch_extensions")
     return os.path.realpath(_appdirs.user_cache_dir(appname="torch_extensions"))
 
