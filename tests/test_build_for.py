@@ -1,5 +1,6 @@
-"""benchmarks/build_for.sh: the core for another torch and Python. Nothing is downloaded."""
+"""benchmarks/build_for.sh and `make matrix`: the core for another torch and Python. Nothing is downloaded."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -270,3 +271,33 @@ def test_the_kernel_is_compiled_and_linked(tmp_path, compiler):
     assert link.startswith(f"{compiler} -v -shared {shlex.join(build.OPENMP)}")
     assert f"/step_cuda.o {tmp_path}/libcudart_static.a " in link
     assert f" -L{tmp_path}/torch/lib -lc10 -ltorch -ltorch_cpu -ltorch_python -lrt " in link
+
+
+class TestTheMatrix:
+    @pytest.fixture
+    def make(self, tmp_path, compiler):
+        shutil.copytree(tmp_path / "torch", tmp_path / "bad" / "torch")
+
+        def make(*names: str) -> subprocess.CompletedProcess:
+            torches = " ".join(str(tmp_path / name) for name in names)
+            command = ["make", "matrix", f"TORCH={torches}", f"PYTHON={shlex.quote(sys.executable)}"]
+            env = environment(CXX=str(compiler), VENV="no-environment", MAKEFLAGS="")
+            return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+        return make
+
+    def test_all_are_built(self, tmp_path, make):
+        done = make("torch", "torch")
+        assert done.returncode == 0, done.stderr
+        assert re.findall(r"^torch (\S+) +\d+ s  ok$", done.stdout, re.MULTILINE) == [str(tmp_path / "torch")] * 2
+
+    def test_one_is_not(self, tmp_path, make):
+        tiny_torch(tmp_path / "other", pybind11=V4)  # than what this compiler makes
+        done = make("torch", "bad/torch", "other", "nowhere")
+        assert done.returncode == 2
+        good, bad, other, nowhere = done.stdout.splitlines()[1:]
+        assert good.endswith(" s  ok")
+        assert bad.startswith(f"torch {tmp_path}/bad/torch ")
+        assert bad.endswith(" s  compiling it failed: a.h:1:2: error: no such thing")
+        assert "  the core could not see the errors of torch 2.0.0+tiny: __pybind11_internals_v11_" in other
+        assert " s  TORCH must be a version, " in nowhere
