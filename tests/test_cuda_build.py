@@ -101,17 +101,6 @@ def test_a_kernel_that_does_not_compile_leaves_the_core(tmp_path):
     assert "the CUDA kernel was not built: compiling it failed: nvcc fatal : so it is; " in reasons["cuda"]
 
 
-def test_the_check_of_a_gpu_needs_one(tmp_path):
-    if backends.torch.cuda.is_available():
-        pytest.skip("there is one")
-    script = ROOT / "benchmarks" / "gpu_check.sh"
-    subprocess.run(["bash", "-n", script], check=True)
-    command, changes = ["bash", script, tmp_path / "out"], {"PYTHON": sys.executable}
-    done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "gpu_check.sh needs a GPU that torch can use, but" in done.stderr
-
-
 def devices(count: int, error: str | None = None) -> SimpleNamespace:
     return SimpleNamespace(with_cuda=True, cuda_devices=lambda: (count, error))
 
