@@ -1,5 +1,6 @@
 # make demo | paper | test | lint, each from nothing but Python: they set up a virtual environment first.
 # VENV=… uses another one, which may exist already; TEXP_NATIVE and TEXP_CUDA as in README.
+# make matrix: whether the C++ core can be built for every torch; make sanitize: it under sanitizers.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ endif
 # built again when it is needed for something else, whatever that is (texp/build.py).
 READY := .ready-$(subst /,-,$(VENV))
 
-.PHONY: demo paper test lint sanitize clean
+.PHONY: demo paper test lint matrix sanitize clean
 
 demo: $(READY)
 	$(BIN)/texp demo
@@ -35,6 +36,14 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Each torch that the C++ core is for, from the headers of its wheel: make matrix TORCH="2.6.0 2.14.1" takes two of them,
+# WHEELS=… keeps them elsewhere (about 500 MB each; downloading one takes up to 2 GB more for a while). It needs a C++
+# compiler, binutils and the headers of Python, but no environment, and takes a minute or two besides the downloads.
+TORCH ?= 2.6.0 2.7.1 2.8.0 2.9.1 2.10.0 2.11.0 2.12.0 2.13.0 2.14.1
+WHEELS ?= build/wheels
+matrix:
+	$(PYTHON) -m benchmarks.matrix --cache $(WHEELS) $(TORCH)
 
 # torch and Triton are installed by their exact versions, and only where there are none: a range, like that of the package
 # itself, would fetch the newest. A torch for GPUs has brought a Triton that fits.

@@ -3,13 +3,15 @@
 #
 # Builds texp in place with its CUDA kernel, runs the tests marked gpu, compute-sanitizer and the benchmark, and leaves
 # summary.json, step_time.csv, step_time.png and log.txt in the folder OUT. It installs nothing: what is not there is
-# called missing, and is no failure. Fails if a stage does. PYTHON names the interpreter.
+# called missing, and is no failure. Fails if a stage does. PYTHON names the interpreter. TEXP_PREBUILT names a core that
+# build_for.sh has made elsewhere, to be used instead of building one; TEXP_CUDA_ARCHS must be as it was there.
 set -uo pipefail
 
 if [ $# -ne 1 ]; then
   echo "usage: benchmarks/gpu_check.sh OUT" >&2
   exit 2
 fi
+prebuilt=${TEXP_PREBUILT:+$(realpath -m -- "$TEXP_PREBUILT")}  # before the folder changes
 mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD TEXP_NATIVE=1 TEXP_CUDA=1
@@ -18,6 +20,36 @@ TRITON_CACHE_DIR=$(mktemp -d) && export TRITON_CACHE_DIR && trap 'rm -rf "$TRITO
 log=$out/log.txt
 rm -f "$out"/{summary.json,step_time.csv,step_time.png,stages.txt}
 : >"$log"
+
+# Puts the core of TEXP_PREBUILT where texp looks for it. Its folder still says what it was made for and from, so that
+# the results are never those of other sources.
+install='
+import os, shutil, sys
+from pathlib import Path
+from texp import build, native
+given = Path(sys.argv[1])
+if not given.is_file():
+    sys.exit("there is no such file")
+if given.name != build.CORE_FILE:
+    sys.exit(f"it is for another Python: for this one it would be called {build.CORE_FILE}")
+name = build.core_name(True)
+if given.parent.name.rpartition("-")[2] != name.rpartition("-")[2]:
+    sys.exit(f"it is of other sources, for another torch or other TEXP_CUDA_ARCHS: its folder is not called {name}")
+try:
+    native._import(given)
+except ImportError as error:
+    sys.exit(f"it does not load: {error}")
+folder = build.PACKAGE / build.CORES / name
+folder.mkdir(parents=True, exist_ok=True)
+copy = folder / f"{build.SCRATCH}{os.getpid()}"
+shutil.copy(given, copy)
+copy.replace(folder / build.CORE_FILE)
+print(name)
+'
+if [ -n "$prebuilt" ] && ! "$python" -c "$install" "$prebuilt" >>"$log" 2>&1; then
+  echo "gpu_check.sh cannot use $prebuilt: $(tail -n 1 "$log")" >&2
+  exit 2
+fi
 
 if ! "$python" -c 'import torch; torch.zeros(1, device="cuda")' >>"$log" 2>&1; then
   echo "gpu_check.sh needs a GPU that torch can use, but $python says: $(tail -n 1 "$log")" >&2
@@ -79,13 +111,16 @@ info='
 import texp
 from texp import backends
 print(texp.__file__, backends.available())
-assert backends._C.with_cuda, "the core has no CUDA kernel"
-devices, error = backends._C.cuda_devices()
+assert backends.core().with_cuda, "the core has no CUDA kernel"
+devices, error = backends.core().cuda_devices()
 assert devices > 0, error
 print(devices, "CUDA device(s)")
 '
 
-if has setuptools; then
+if [ -n "$prebuilt" ]; then
+  echo "build: $prebuilt"
+  note build prebuilt 0 "$(basename "$(dirname "$prebuilt")")"
+elif has setuptools; then
   stage build 95 "$python" setup.py -q build_ext --inplace
 else
   missing build "there is no setuptools"
@@ -96,12 +131,19 @@ if has typer rich; then
 fi
 
 # Of the long grids of runs a few; all of them, with `pytest -m gpu`, would take many minutes. No file that needs more
-# than torch, pytest and hypothesis.
+# than torch, pytest and hypothesis. In several processes where there is pytest-xdist, but without any other plugin that
+# happens to be installed: their warnings would end the run, and hypothesis needs none.
 grids='test_the_whole_grid or test_outside_the_range or test_250_steps'
 few="not ($grids) or (cosine and 0.3 and not reference and not high and not fixed)"
 if has pytest hypothesis; then
   mapfile -t files < <(grep -LE 'texp[.]cli|import cli|test_package|from benchmarks|texp[.](param_groups|audit)' tests/test_*.py)
-  stage "tests marked gpu" 120 "$python" -m pytest -q -p no:cacheprovider -m gpu -k "$few" "${files[@]}"
+  export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+  options=(-q -p no:cacheprovider)
+  cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+  if [ "$cores" -gt 1 ] && has xdist; then
+    options+=(-p xdist.plugin -n $((cores < 10 ? cores : 10)))
+  fi
+  stage "tests marked gpu" 120 "$python" -m pytest "${options[@]}" -m gpu -k "$few" "${files[@]}"
 else
   missing "tests marked gpu" "they need pytest and hypothesis"
 fi

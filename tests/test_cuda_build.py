@@ -101,17 +101,6 @@ def test_a_core_without_it(tmp_path, changes, reason):
     assert done.stderr == ""
 
 
-def test_the_check_of_a_gpu_needs_one(tmp_path):
-    if backends.torch.cuda.is_available():
-        pytest.skip("there is one")
-    script = ROOT / "benchmarks" / "gpu_check.sh"
-    subprocess.run(["bash", "-n", script], check=True)
-    command, changes = ["bash", script, tmp_path / "out"], {"PYTHON": sys.executable}
-    done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "gpu_check.sh needs a GPU that torch can use, but" in done.stderr
-
-
 def stand_in(core: SimpleNamespace | None) -> SimpleNamespace:
     """For texp.native, where that core has been loaded."""
     return SimpleNamespace(load=lambda may_build: core, core=lambda: core, why_missing=lambda variable: "so it was")

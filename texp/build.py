@@ -31,6 +31,9 @@ SCRATCH = "building-"  # what the names of folders begin with that are there onl
 
 CORE_FILE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
+CPP_SOURCES = ("bindings.cpp", "step_cpu.cpp")
+WITH_CUDA = "TEXP_WITH_CUDA"  # the macro that they see where the CUDA kernel is to be linked
+
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # torch's threads are OpenMP's
 FLAGS += [*OPENMP, *(["-fno-plt"] if OPENMP else [])]
@@ -93,14 +96,21 @@ def core_name(with_cuda: bool) -> str:
     """
     import torch
 
-    made_from = [torch.version.git_version, torch.compiled_with_cxx11_abi(), FLAGS, _sanitizers()]
+    return core_name_for(
+        torch.__version__, torch.version.git_version, torch.compiled_with_cxx11_abi(), CORE_FILE, with_cuda
+    )
+
+
+def core_name_for(version: str, git_version: str, cxx11_abi: bool, file: str, with_cuda: bool) -> str:
+    """The same of a torch that may be none of this Python's, and of another Python's CORE_FILE."""
+    made_from = [git_version, cxx11_abi, FLAGS, _sanitizers()]
     if with_cuda:
         made_from += [CUDA_FLAGS, archs()]
     digest = hashlib.sha256(repr(made_from).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
-    abi = CORE_FILE.removeprefix("_C.").partition(".")[0]
-    return f"torch-{torch.__version__}-{abi}{'-cuda' if with_cuda else ''}-{digest.hexdigest()[:12]}"
+    abi = file.removeprefix("_C.").partition(".")[0]
+    return f"torch-{version}-{abi}{'-cuda' if with_cuda else ''}-{digest.hexdigest()[:12]}"
 
 
 def compiler() -> str:
@@ -162,12 +172,12 @@ def build(root: Path, with_cuda: bool) -> Path:
         (folder / "build.log").open("w") as log,
     ):
         try:
-            objects = _compile_kernel(scratch, log) if with_cuda else []
+            objects = compile_kernel(scratch, log) if with_cuda else []
             # In a process of its own: what it prints is kept, and torch and setuptools change nothing here.
             code = "import runpy, sys; runpy.run_path(sys.argv[1])['compile_core'](*sys.argv[2:])"
             command = [sys.executable, "-c", code, str(PACKAGE / "build.py"), str(SOURCES), scratch, *objects]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            _run(command, log, cwd=scratch, env=environment)
+            run(command, log, cwd=scratch, env=environment)
         except CompileError as error:
             note_failure(folder, with_cuda, str(error))
             raise
@@ -204,14 +214,14 @@ def compile_core(sources: str, to: str, *objects: str) -> None:
         os.environ.pop("CXX", None)  # torch would look for a compiler without a name
     core = CppExtension(
         "_C",
-        [f"{sources}/bindings.cpp", f"{sources}/step_cpu.cpp"],
-        extra_compile_args=FLAGS + (["-g", "-fno-omit-frame-pointer", *_sanitizers()] if _sanitizers() else []),
-        extra_link_args=OPENMP + _sanitizers(),
+        [f"{sources}/{name}" for name in CPP_SOURCES],
+        extra_compile_args=compile_flags(),
+        extra_link_args=link_flags(),
         extra_objects=list(objects),
     )
     if objects:
         core.libraries += CUDA_LIBRARIES
-        core.define_macros.append(("TEXP_WITH_CUDA", None))
+        core.define_macros.append((WITH_CUDA, None))
     distribution = Distribution({"name": "texp", "ext_modules": [core], "cmdclass": {"build_ext": BuildExtension}})
     command = distribution.get_command_obj("build_ext")
     command.build_lib, command.build_temp = to, f"{to}/objects"
@@ -219,17 +229,26 @@ def compile_core(sources: str, to: str, *objects: str) -> None:
     command.run()
 
 
+def compile_flags() -> list[str]:
+    """Those for C++ that neither torch nor Python asks for."""
+    return FLAGS + (["-g", "-fno-omit-frame-pointer", *_sanitizers()] if _sanitizers() else [])
+
+
+def link_flags() -> list[str]:
+    return OPENMP + _sanitizers()
+
+
 def _sanitizers() -> list[str]:
     """Flags for those that TEXP_SANITIZE names, as in TEXP_SANITIZE=address,undefined."""
     return [f"-fsanitize={names}"] if (names := os.environ.get("TEXP_SANITIZE")) else []
 
 
-def _compile_kernel(scratch: str, log: TextIO) -> list[str]:
-    """What is to be linked. Not made by torch's own command for CUDA sources, which a torch without CUDA refuses."""
+def compile_kernel(scratch: str, log: TextIO) -> list[str]:
+    """Returns what is to be linked. Torch's own command for CUDA sources is refused by a torch without CUDA."""
     nvcc, runtime = toolkit()
     made = f"{scratch}/step_cuda.o"
     command = [nvcc, *CUDA_FLAGS, *_arch_flags(nvcc), "-c", str(SOURCES / "step_cuda.cu"), "-o", made]
-    _run(command, log)
+    run(command, log)
     return [made, runtime]
 
 
@@ -252,8 +271,8 @@ def _arch_flags(nvcc: str) -> list[str]:
     return [f"-gencode=arch=compute_{a},code=[sm_{a}{f',compute_{a}' if ptx else ''}]" for a, ptx in wanted]
 
 
-def _run(command: list[str], log: TextIO, **options) -> None:
-    """Runs a compiler; raises CompileError where it fails."""
+def run(command: list[str], log: TextIO, **options) -> None:
+    """Runs a compiler and keeps what it says in `log`; raises CompileError where it fails."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **options
     )
