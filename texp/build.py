@@ -107,7 +107,7 @@ def core_name_for(version: str, git_version: str, cxx11_abi: bool, file: str, wi
     if with_cuda:
         made_from += [CUDA_FLAGS, archs()]
     digest = hashlib.sha256(repr(made_from).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(path for path in SOURCES.rglob("*") if path.suffix in (".h", ".cpp", ".cu")):
         digest.update(path.name.encode() + path.read_bytes())
     abi = file.removeprefix("_C.").partition(".")[0]
     return f"torch-{version}-{abi}{'-cuda' if with_cuda else ''}-{digest.hexdigest()[:12]}"

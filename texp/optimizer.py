@@ -65,6 +65,8 @@ class SGD(torch.optim.Optimizer):
     GradScaler it unscales the gradients while reading them; where the scaler found an inf or a NaN, nothing at
     all is changed and :attr:`step_was_skipped` is True.
 
+    The first optimizer for which there is no C++ core yet builds it (texp.native), once for this torch and Python.
+
     Raises, before anything is changed: ValueError for hyperparameters that are negative (the LR of a step may
     be), not finite or beyond the range of the arithmetic, and for combinations that torch refuses; RuntimeError
     for a backend that is not available, for tensors that cannot be written to (expanded, of integers, made in
