@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -224,7 +225,13 @@ class TestDifferentiable:
                     optimizer.step()
             return torch.autograd.grad(p.sum(), (start, lr) if lr.requires_grad else (start,))
 
-        for ours, theirs in zip(meta_gradient(texp.SGD), meta_gradient(torch.optim.SGD), strict=True):
+        try:
+            expected = meta_gradient(torch.optim.SGD)
+        except RuntimeError as error:  # torch 2.6 cannot yet with respect to the LR
+            with pytest.raises(RuntimeError, match=re.escape(str(error))):
+                meta_gradient(texp.SGD)
+            return
+        for ours, theirs in zip(meta_gradient(texp.SGD), expected, strict=True):
             assert ours.abs().min() > 0
             assert torch.equal(ours, theirs)
 

@@ -22,8 +22,8 @@ from texp.tables import BUFFERED, FIXED, STEPPING, Table
 from texp.theory import Row
 
 ROOT = Path(__file__).parents[1]
-FOUND = importlib.util.find_spec("triton")
-pytestmark = pytest.mark.skipif(FOUND is None, reason="Triton is not installed")
+MISSING = backends.triton_missing()
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 NVIDIA, AMD = {"sm_80": 80, "sm_90": 90, "sm_100": 100}, {"gfx942": "gfx942"}
 
@@ -133,7 +133,8 @@ def compiled(tmp_path_factory) -> dict[str, dict]:
 
 
 def tool(name: str) -> str:
-    folders = [f"{folder}/backends/nvidia/bin" for folder in FOUND.submodule_search_locations]
+    triton = importlib.util.find_spec("triton").submodule_search_locations
+    folders = [f"{folder}/backends/nvidia/bin" for folder in triton]
     found = shutil.which(name, path=os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)]))
     if found is None:
         pytest.skip(f"there is no {name} in the package triton or in PATH")

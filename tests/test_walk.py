@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import texp
-from tests.test_triton import REASON, core, interpreter, needs_core
-from texp import backends, tables
+from tests.test_triton import core, interpreter, needs_core
+from texp import tables
 from texp.groups import scale_of
 from texp.on_device import OnDevice
 from texp.walk import Walk
@@ -89,9 +89,9 @@ def test_both_walks_on_a_device_make_the_same_tables(capturing):
     params, groups = numbers_and_groups()
     lr = torch.tensor(0.25)
     groups[0]["lr"], groups[1]["weight_decay"] = lr, torch.tensor(0.125, dtype=torch.float64)
-    for group in groups:
+    optimizer = texp.SGD(groups, lr=0.1)
+    for group in optimizer.param_groups:
         group["capturable"] = True
-    optimizer = texp.SGD(groups, lr=0.1, backend="triton" if REASON == backends.OK else None)
     for p in params[:7] + params[8:]:
         p.grad = torch.ones_like(p)
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -73,16 +73,25 @@ def _cuda() -> str:
     return OK
 
 
+def triton_missing() -> str:
+    """Why there is no Triton that the kernels can be compiled with; "" if there is."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    try:
+        version = importlib.import_module("triton").__version__
+    except ImportError as error:
+        return f"Triton is installed but does not load: {error}"
+    too_old = tuple(map(int, version.split(".")[:2])) < (3, 6)
+    return f"Triton {version} is too old: its kernels need 3.6 or newer" if too_old else ""
+
+
 # Only when it is asked for: to import Triton takes longer than everything else here.
 @functools.cache
 def _triton_kernels() -> tuple[ModuleType | None, str]:
     """texp.kernels.launch, or None and the reason."""
-    if importlib.util.find_spec("triton") is None:
-        return None, "Triton is not installed; pip install triton"
+    if why := triton_missing():
+        return None, why
     try:
-        version = importlib.import_module("triton").__version__
-        if tuple(map(int, version.split(".")[:2])) < (3, 6):
-            return None, f"Triton {version} is too old: its kernels need 3.6 or newer"
         kernels = _import_kernels()
     except ImportError as error:
         return None, f"Triton is installed but does not load: {error}"

@@ -248,7 +248,7 @@ class SGD(torch.optim.Optimizer):
             rest = plan.Rest(self._backend, self.param_groups, self.state)
             if core.step(self.param_groups, self.state, grad_scale, rest.check, cpu, cuda):
                 rest.do()
-                self._find_kernels_if_moved(entry.param for entries in rest.work.values() for entry in entries)
+                self._find_kernels_if_moved(entry.param for _, entry in rest.work)
         return loss
 
     def _find_kernels_if_moved(self, params: Iterable[Tensor]) -> None:
