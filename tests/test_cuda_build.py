@@ -203,6 +203,8 @@ def instructions(compiled) -> dict[tuple[str, str], list[str]]:
     made = {}
     for arch, (cubin, _) in compiled.items():
         done = subprocess.run([*command, str(cubin)], capture_output=True, text=True)
+        if "Cannot decode architecture" in done.stderr:
+            pytest.skip(f"{command[0]} is too old for {arch}")
         assert done.returncode == 0, done.stderr
         _, *parts = re.split(r"^\s*(?://-+ \.text\.|Function : )(\S+).*$", done.stdout, flags=re.MULTILINE)
         for name, code in zip(parts[::2], parts[1::2], strict=True):
