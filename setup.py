@@ -7,6 +7,7 @@ TEXP_CUDA_ARCHS says for which GPUs. How all this is built is in texp/build.py.
 """
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def leave_out(variable: str, reason: str) -> None:
 class BuildPy(build_py):
     def run(self) -> None:
         super().run()
+        if not self.editable_mode:  # what is left there of earlier builds would be installed, too
+            shutil.rmtree(f"{self.build_lib}/texp/{build.CORES}", ignore_errors=True)
         package = self.get_package_dir("texp") if self.editable_mode else f"{self.build_lib}/texp"
         build.write_left_out(Path(package), [variable for variable in WANTED if WANTED[variable] == "0"])
 

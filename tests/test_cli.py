@@ -20,6 +20,12 @@ def test_info(capsys):
         assert word in out
 
 
+def test_a_setting_that_there_is_not(capsys, monkeypatch):
+    monkeypatch.setenv("TEXP_NATIVE", "yes")
+    assert run(["info"]) == 1
+    assert capsys.readouterr().err == "texp: TEXP_NATIVE must be auto, 1 or 0, got 'yes'\n"
+
+
 def test_as_a_module():
     done = subprocess.run([sys.executable, "-m", "texp", "info"], capture_output=True, text=True, check=True)
     assert "backend reference" in done.stdout

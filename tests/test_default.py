@@ -1,5 +1,6 @@
 """Which kernels an optimizer takes where no backend is named, without a GPU: devices and kernels are stand-ins."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,14 @@ def test_on_rocm_triton_is_asked_first(stand_ins):
     stand_ins("with the kernel", "there", hip="6.4")
     assert backends.for_gpu([GPU]) == "triton"
     assert "ROCm" in backends.available()["cuda"]
+
+
+def test_a_folder_that_passes_for_triton(monkeypatch, tmp_path):
+    """Python takes any folder of that name on its path for a package."""
+    (tmp_path / "triton").mkdir()
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert backends.triton_missing().startswith("Triton is installed but does not load: ")
 
 
 @pytest.mark.parametrize("core", CORES)

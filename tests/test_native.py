@@ -174,6 +174,29 @@ def test_a_killed_build_leaves_nothing_that_a_later_one_trips_over(place):
     assert not list(folder.glob("building-*"))
 
 
+INTERRUPTIONS = {
+    "the compiler is killed": "print('c++: fatal error: Killed signal terminated program cc1plus'); sys.exit(1)",
+    "the disk is full": "print('as: error: writing a.o: No space left on device'); sys.exit(1)",
+    # All hear of Ctrl-C, but the process that trains does something else with it.
+    "SIGINT": "import signal; os.killpg(0, signal.SIGINT); time.sleep(10)",
+}
+
+
+@needs_core
+@pytest.mark.parametrize("case", INTERRUPTIONS)
+def test_what_only_interrupts_a_build_is_not_remembered(place, case):
+    interrupted = place.folder / "interrupted-c++"
+    question = "if '-o' not in sys.argv: os.execvp('c++', ['c++', *sys.argv[1:]])"
+    interrupted.write_text(f"#!{sys.executable} -S\nimport os, sys, time\n{question}\n{INTERRUPTIONS[case]}\n")
+    interrupted.chmod(0o755)
+    code = f"import signal; signal.signal(signal.SIGINT, lambda *signal: None)\n{STEP}"
+    for _ in range(2):
+        found, said = told(place.start("-c", code, "", CXX=str(interrupted)))
+        assert found["core"] is None
+        assert len(found["warnings"]) == 1
+        assert BUILDING.search(said)
+
+
 @needs_core
 def test_a_core_that_does_not_load_is_built_again(place):
     core = Path(place.step()[0]["core"])
@@ -218,6 +241,11 @@ UNUSABLE = {
         "setup.py/texp cannot be used (Not a directory); ",
     ),
     "a read-only folder": ({"TORCH_EXTENSIONS_DIR": "/proc/self"}, "/proc/self/texp cannot be used ("),
+    # As in the folder of another user, there is no asking whether a file is there.
+    "a folder that cannot be looked into": (
+        {"TORCH_EXTENSIONS_DIR": "x" * 300},
+        f"{'x' * 300}/texp cannot be used (File name too long); ",
+    ),
 }
 
 
@@ -242,6 +270,78 @@ def test_what_is_insisted_on_is_an_error_where_it_is_missing(place, variable):
     assert f"RuntimeError: {variable}=1 asks for {part}, but there is no C++ compiler 'no-such-compiler'" in said
 
 
+def test_threads_that_start_at_once_warn_once(place):
+    code = """
+import threading, torch, texp
+make = lambda: texp.SGD([torch.nn.Parameter(torch.ones(3))])
+threads = [threading.Thread(target=make) for _ in range(8)]
+for thread in threads: thread.start()
+"""
+    _, said = place.start("-W", "always", "-c", code, CXX="no-such-compiler").communicate()
+    assert said.count("texp goes on without its C++ core") == 1
+
+
+@needs_core
+def test_odd_entries_of_the_path(place):
+    """Python skips those that are no strings, and so does the process that builds."""
+    found, _ = told(place.start("-c", f"import pathlib, sys; sys.path[:0] = [pathlib.Path('/')]\n{STEP}", ""))
+    assert found["core"] is not None
+    assert not found["warnings"]
+
+
+@needs_core
+def test_a_folder_whose_name_is_no_text(place):
+    """torch cannot compile there; this is no error."""
+    found, _ = place.step(TORCH_EXTENSIONS_DIR=f"{place.cache}-" + os.fsdecode(b"\xff"))
+    assert len(found["warnings"]) == 1
+
+
+@needs_core
+def test_a_package_behind_a_link(place):
+    """The sources, and the Triton kernels, are beside what it points to."""
+    site = place.folder / "site"
+    site.mkdir()
+    (site / "texp").symlink_to(place.folder / "sources" / "texp")
+    code = f"import os, sys; os.chdir('/'); sys.path[0] = {str(site)!r}\n{STEP}\ntexp.backends._import_kernels()"
+    found, _ = told(place.start("-c", code, "", TRITON_INTERPRET="1"))
+    assert found["core"] is not None
+
+
+@needs_core
+def test_setuptools_is_left_to_the_process_that_builds(place):
+    """It takes the place of distutils when it is imported, and warns where there is one already."""
+    found, _ = told(place.start("-c", f"import sys; sys.modules['setuptools'] = None\n{STEP}", ""))
+    assert found["core"] is not None
+
+
+@needs_core
+def test_the_gpus_that_an_installation_names_need_not_be_named_again(place):
+    """Unless others are named, an installed core is taken, for whatever GPUs it is."""
+    cuda = place.folder / "cuda"
+    (cuda / "bin").mkdir(parents=True)
+    (cuda / "libcudart_static.a").touch()
+    nvcc = cuda / "bin" / "nvcc"
+    nvcc.write_text(
+        f"#!{sys.executable} -S\nimport sys\nprint('#$ LIBRARIES= \"-L{cuda}\"', file=sys.stderr)\n"
+        "if '-o' in sys.argv: open(sys.argv[sys.argv.index('-o') + 1], 'w')\n"
+    )
+    nvcc.chmod(0o755)
+    ahead = place.start("-m", "texp", "build", TEXP_CUDA="1", TEXP_CUDA_ARCHS="80;90a", CUDA_HOME=str(cuda))
+    printed, said = ahead.communicate()
+    assert ahead.returncode == 0, said
+    for archs, core in (("", printed.strip()), ("80;90a", printed.strip()), ("90a", None)):
+        found, _ = place.step(CXX="no-such-compiler", CUDA_HOME="/none", TEXP_CUDA="auto", TEXP_CUDA_ARCHS=archs)
+        assert found["core"] == core
+
+
+@needs_core
+def test_a_core_that_an_earlier_import_of_texp_has_loaded(place):
+    """As in a notebook that imports anew what was changed."""
+    anew = "for name in [name for name in sys.modules if name.startswith('texp') and name != 'texp._C']:"
+    process = place.start("-c", f"{STEP}\n{anew} del sys.modules[name]\nimport texp\ntexp.backends.available()", "")
+    assert told(process)[0]["core"] is not None
+
+
 def test_nothing_is_built_where_it_is_turned_off(place):
     found, said = place.step(TEXP_NATIVE="0")
     assert (found["core"], found["warnings"], said, place.calls) == (None, [], "", [])
@@ -250,7 +350,7 @@ def test_nothing_is_built_where_it_is_turned_off(place):
 
 def test_a_setting_that_there_is_not(place):
     process = place.start("-c", STEP, "", TEXP_NATIVE="yes")
-    assert "ValueError: TEXP_NATIVE must be auto, 1 or 0, got 'yes'" in process.communicate()[1]
+    assert "SettingError: TEXP_NATIVE must be auto, 1 or 0, got 'yes'" in process.communicate()[1]
 
 
 @needs_core

@@ -28,10 +28,9 @@ OK = "ok"
 def _import_kernels() -> ModuleType:
     """texp.kernels.launch, from this folder, or in a checkout from the one beside it."""
     here = Path(__file__).parent
+    checkout = Path(__file__).resolve().parent.parent  # to whose package there may be a link
     if "texp.kernels" not in sys.modules:
-        folders = [
-            folder for folder in (here / "kernels", here.parent / "kernels") if (folder / "launch.py").exists()
-        ]
+        folders = [folder for folder in (here / "kernels", checkout / "kernels") if (folder / "launch.py").exists()]
         if not folders:
             raise ImportError("texp.kernels is missing; reinstall texp")
         spec = importlib.util.spec_from_file_location(
@@ -79,7 +78,7 @@ def triton_missing() -> str:
         return "Triton is not installed; pip install triton"
     try:
         version = importlib.import_module("triton").__version__
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # any folder of that name passes for a package without a version
         return f"Triton is installed but does not load: {error}"
     too_old = tuple(map(int, version.split(".")[:2])) < (3, 6)
     return f"Triton {version} is too old: its kernels need 3.6 or newer" if too_old else ""

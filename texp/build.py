@@ -7,6 +7,7 @@ or Python, or of other sources, stand beside it, and none is ever taken for anot
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -21,8 +22,8 @@ from typing import TextIO
 
 PACKAGE = Path(__file__).absolute().parent
 
-SOURCES = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
-"""Inside an installed package; beside it in a checkout."""
+SOURCES = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.resolve().parent / "csrc"
+"""Inside an installed package; beside it in a checkout, to which there may be a link."""
 
 CORES = "_native"
 """The folder of a package, or of a cache, that holds the folders of cores."""
@@ -58,16 +59,29 @@ class BuildError(Exception):
 class CompileError(BuildError):
     """The same, where it took a compiler to find out."""
 
+    passing = False
+    """Whether the next time may well go better."""
+
+
+class SettingError(ValueError):
+    """Of a variable in the environment, in one line."""
+
+
+_PASSING = re.compile(
+    r"KeyboardInterrupt|interrupted by user|signal terminated|due to signal|died with <Signals|: Killed"
+    r"|No space left|quota exceeded|memory exhausted|out of memory|allocate memory"
+)
+
 
 def setting(variable: str, installed: str | None = None) -> str:
     """What the environment says of TEXP_NATIVE or TEXP_CUDA: auto, 0 or 1.
 
-    Where it says nothing, `installed`: by default what the installation was told, 0 or else auto. Raises ValueError
+    Where it says nothing, `installed`: by default what the installation was told, 0 or else auto. Raises SettingError
     for another value.
     """
     value = os.environ.get(variable) or installed or ("0" if variable in left_out() else "auto")
     if value not in ("auto", "0", "1"):
-        raise ValueError(f"{variable} must be auto, 1 or 0, got {value!r}")
+        raise SettingError(f"{variable} must be auto, 1 or 0, got {value!r}")
     return value
 
 
@@ -92,7 +106,7 @@ def core_name(with_cuda: bool) -> str:
     """The folder of a core: torch-2.13.0+cpu-cpython-311-x86_64-linux-gnu-cuda-0123456789ab, say.
 
     It says, or is a digest of, all that a core depends on but the compiler: torch and its ABI, Python's ABI, the
-    sources, the flags, and whether the CUDA kernel is in it.
+    sources, the flags, and whether the CUDA kernel is in it. GPUs that TEXP_CUDA_ARCHS names follow: _80_90a.
     """
     import torch
 
@@ -104,13 +118,15 @@ def core_name(with_cuda: bool) -> str:
 def core_name_for(version: str, git_version: str, cxx11_abi: bool, file: str, with_cuda: bool) -> str:
     """The same of a torch that may be none of this Python's, and of another Python's CORE_FILE."""
     made_from = [git_version, cxx11_abi, FLAGS, _sanitizers()]
+    gpus = ""
     if with_cuda:
-        made_from += [CUDA_FLAGS, archs()]
+        made_from += [CUDA_FLAGS, CUDA_ARCHS]
+        gpus = "" if archs() == CUDA_ARCHS.split(";") else "_".join(["", *archs()])
     digest = hashlib.sha256(repr(made_from).encode())
     for path in sorted(path for path in SOURCES.rglob("*") if path.suffix in (".h", ".cpp", ".cu")):
         digest.update(path.name.encode() + path.read_bytes())
     abi = file.removeprefix("_C.").partition(".")[0]
-    return f"torch-{version}-{abi}{'-cuda' if with_cuda else ''}-{digest.hexdigest()[:12]}"
+    return f"torch-{version}-{abi}{'-cuda' if with_cuda else ''}-{digest.hexdigest()[:12]}{gpus}"
 
 
 def compiler() -> str:
@@ -145,12 +161,14 @@ def tools(with_cuda: bool) -> str:
 
     Raises BuildError where one of them, or torch, is missing.
     """
-    # Not torch.utils.cpp_extension, which asks CUDA for devices: a process that forks afterwards could use none.
-    for library in ("torch", "setuptools"):
-        try:
-            importlib.import_module(library)
-        except (ImportError, OSError) as error:
-            raise BuildError(f"{library} cannot be imported: {' '.join(str(error).split())}") from None
+    # Not torch.utils.cpp_extension, which asks CUDA for devices: a process that forks afterwards could use none. Nor
+    # setuptools, which takes the place of distutils and warns where that is there already.
+    try:
+        importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        raise BuildError(f"torch cannot be imported: {' '.join(str(error).split())}") from None
+    if "setuptools" not in sys.modules and importlib.util.find_spec("setuptools") is None:
+        raise BuildError("setuptools is not installed")
     paths = [compiler(), toolkit()[0]] if with_cuda else [compiler()]
     return " ".join(f"{path} {os.stat(path).st_mtime_ns}" for path in paths)
 
@@ -162,24 +180,26 @@ def build(root: Path, with_cuda: bool) -> Path:
     build.log beside it.
 
     Raises BuildError where a compiler or torch is missing; CompileError, with the first error of the compiler, which
-    is noted for `failed_before`; OSError where `root` cannot be written to.
+    is noted for `failed_before` unless it is passing; OSError where `root` cannot be written to.
     """
     tools(with_cuda)
     folder = root.absolute() / core_name(with_cuda)
     folder.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder, ignore_cleanup_errors=True) as scratch,
-        (folder / "build.log").open("w") as log,
+        (folder / "build.log").open("w", errors="backslashreplace") as log,  # names of folders may be no text
     ):
         try:
             objects = compile_kernel(scratch, log) if with_cuda else []
             # In a process of its own: what it prints is kept, and torch and setuptools change nothing here.
             code = "import runpy, sys; runpy.run_path(sys.argv[1])['compile_core'](*sys.argv[2:])"
             command = [sys.executable, "-c", code, str(PACKAGE / "build.py"), str(SOURCES), scratch, *objects]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            path = [entry for entry in sys.path if entry and isinstance(entry, str)]  # Python skips others, too
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
             run(command, log, cwd=scratch, env=environment)
         except CompileError as error:
-            note_failure(folder, with_cuda, str(error))
+            if not error.passing:
+                note_failure(folder, with_cuda, str(error))
             raise
         (folder / _FAILED).unlink(missing_ok=True)
         return Path(scratch, CORE_FILE).replace(folder / CORE_FILE)
@@ -253,10 +273,10 @@ def compile_kernel(scratch: str, log: TextIO) -> list[str]:
 
 
 def archs() -> list[str]:
-    """For which GPUs the kernel is built: TEXP_CUDA_ARCHS or CUDA_ARCHS. Raises ValueError where that names none."""
+    """For which GPUs the kernel is built: TEXP_CUDA_ARCHS or CUDA_ARCHS. Raises SettingError if that names none."""
     listed = os.environ.get("TEXP_CUDA_ARCHS") or CUDA_ARCHS
     if not all(re.fullmatch(r"\d+[af]?(\+PTX)?", arch) for arch in listed.split(";")):
-        raise ValueError(f"TEXP_CUDA_ARCHS must be like {CUDA_ARCHS}, got {listed!r}")
+        raise SettingError(f"TEXP_CUDA_ARCHS must be like {CUDA_ARCHS}, got {listed!r}")
     return listed.split(";")
 
 
@@ -279,7 +299,9 @@ def run(command: list[str], log: TextIO, **options) -> None:
     log.write(f"{shlex.join(command)}\n{done.stdout}")
     if done.returncode:
         why = first_error(done.stdout) or f"{command[0]} says nothing and returns {done.returncode}"
-        raise CompileError(f"compiling it failed: {why}")
+        error = CompileError(f"compiling it failed: {why}")
+        error.passing = done.returncode < 0 or _PASSING.search(done.stdout) is not None
+        raise error
 
 
 def first_error(output: str) -> str:

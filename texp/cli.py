@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from texp import __version__, backends, bench, demo, invariance, native, records, theory
+from texp.build import SettingError
 from texp.command import EXTRA, UsageError, check_writable, make_console
 
 app = typer.Typer(
@@ -45,7 +46,7 @@ def run(arguments: list[str] | None = None) -> int:
             1,
             f'this command needs {library}: install texp with the extra "demo", as in pip install ".[demo]"',
         )
-    except (OSError, invariance.AuditError) as error:
+    except (OSError, invariance.AuditError, SettingError) as error:
         return _fail(1, str(error))
     except (typer.Abort, KeyboardInterrupt):
         return _fail(130, "interrupted")

@@ -1,6 +1,7 @@
 """The C++ core: loaded from where an installation, `texp build` or an earlier use has put it, or else built."""
 
 import contextlib
+import glob
 import importlib.machinery
 import importlib.util
 import os
@@ -33,7 +34,7 @@ def core() -> ModuleType | None:
 
 def why_missing(variable: str) -> str:
     """Why the core (TEXP_NATIVE) or the CUDA kernel (TEXP_CUDA) is missing, once :func:`load` has found out."""
-    return _missing[variable]
+    return _missing.get(variable, "the core that is loaded comes without it")  # by an import of texp before this one
 
 
 def load(*, may_build: bool) -> ModuleType | None:
@@ -41,8 +42,8 @@ def load(*, may_build: bool) -> ModuleType | None:
 
     Args:
         may_build: build one if there is none, which takes EXPECTED_TIME and is said on stderr; other processes that
-            need the same one wait for it. If that fails, a warning says why, and neither this process nor others with
-            the same compilers try again.
+            need the same one wait for it. If that fails, a warning says why, and this process does not try again,
+            nor, unless the build was only interrupted, do others with the same compilers.
 
     Raises ValueError where TEXP_NATIVE, TEXP_CUDA or TEXP_CUDA_ARCHS has a value that it cannot have, and
     RuntimeError where one of the first two is 1 but its part cannot be built.
@@ -63,8 +64,9 @@ def load(*, may_build: bool) -> ModuleType | None:
             for variable, part in build.PARTS.items():
                 if build.setting(variable) == "1":
                     raise RuntimeError(f"{variable}=1 asks for {part}, but {error}") from None
-            _has_given_up = True
-            warnings.warn(f"texp goes on without its C++ core: {error}", stacklevel=2)
+            if not _has_given_up:  # in another thread meanwhile
+                _has_given_up = True
+                warnings.warn(f"texp goes on without its C++ core: {error}", stacklevel=2)
         return None
 
 
@@ -121,12 +123,13 @@ def _find_or_build(root: Callable[[], Path] | None, *, again: bool = False) -> M
     variants = _variants()
     for with_cuda in variants:
         name = build.core_name(with_cuda)
-        if (module := _load_from(_roots(), name)) is not None:
+        folders = _folders(name)
+        if (module := _load_from(folders)) is not None:
             return module
         try:
             build.tools(with_cuda)
             if not again:
-                _check_failed_before([root / name for root in _roots()], with_cuda)
+                _check_failed_before(folders, with_cuda)
             if root is None:
                 raise _NotYetError(f"it is not built yet: the first use does it, or `texp build` ({EXPECTED_TIME})")
             return _build(root(), name, with_cuda, again)
@@ -142,15 +145,19 @@ class _NotYetError(BuildError):
     pass
 
 
-def _roots() -> list[Path]:
-    return [build.PACKAGE / build.CORES, cache()]
+def _folders(name: str) -> list[Path]:
+    """Where a core of that name may be. Unless GPUs are named now, those that the installation named will do."""
+    installed = build.PACKAGE / build.CORES
+    others = [] if os.environ.get("TEXP_CUDA_ARCHS") else sorted(installed.glob(f"{glob.escape(name)}_*"))
+    return [installed / name, *others, cache() / name]
 
 
-def _load_from(roots: Iterable[Path], name: str) -> ModuleType | None:
-    """The core of that name; None where there is none that can be loaded."""
-    for root in roots:
-        if (path := root / name / build.CORE_FILE).exists():
-            with contextlib.suppress(ImportError):  # it is built again
+def _load_from(folders: Iterable[Path]) -> ModuleType | None:
+    """The core of one of these folders; None where there is none that can be loaded."""
+    for folder in folders:
+        # It is built again. OSError: it cannot be looked into, as that of another user.
+        with contextlib.suppress(ImportError, OSError):
+            if (path := folder / build.CORE_FILE).exists():
                 return _import(path)
     return None
 
@@ -170,7 +177,7 @@ def _build(root: Path, name: str, with_cuda: bool, again: bool) -> ModuleType:
         folder.mkdir(parents=True, exist_ok=True)
         # Not torch's FileBaton, a file that a killed process leaves behind: this lock ends with its process.
         with FileLock(folder / "lock"):
-            if (module := _load_from([root], name)) is not None:
+            if (module := _load_from([folder])) is not None:
                 return module
             if not again:
                 _check_failed_before([folder], with_cuda)
