@@ -7,6 +7,7 @@ link, hands out the core of this environment. tests/test_package.py has the firs
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +23,13 @@ from tests.test_package import copy_of_the_sources, environment
 CORE = texp.native.core()
 needs_core = pytest.mark.skipif(CORE is None, reason="there is no C++ core to stand for what a compiler makes")
 
+REAL_COMPILER = shutil.which("c++") or "/none"
+
 COMPILER = f"""#!{sys.executable} -S
 import os, shutil, sys, time
 arguments = sys.argv[1:]
 if "-o" not in arguments:  # a question of torch's
-    os.execvp("c++", ["c++", *arguments])
+    os.execv({REAL_COMPILER!r}, ["c++", *arguments])
 with open({{log!r}}, "a") as log:
     print("compile" if "-c" in arguments else "link", file=log)
 while os.path.exists({{hangs!r}}):
@@ -186,7 +189,7 @@ INTERRUPTIONS = {
 @pytest.mark.parametrize("case", INTERRUPTIONS)
 def test_what_only_interrupts_a_build_is_not_remembered(place, case):
     interrupted = place.folder / "interrupted-c++"
-    question = "if '-o' not in sys.argv: os.execvp('c++', ['c++', *sys.argv[1:]])"
+    question = f"if '-o' not in sys.argv: os.execv({REAL_COMPILER!r}, ['c++', *sys.argv[1:]])"
     interrupted.write_text(f"#!{sys.executable} -S\nimport os, sys, time\n{question}\n{INTERRUPTIONS[case]}\n")
     interrupted.chmod(0o755)
     code = f"import signal; signal.signal(signal.SIGINT, lambda *signal: None)\n{STEP}"
@@ -267,7 +270,12 @@ def test_what_is_insisted_on_is_an_error_where_it_is_missing(place, variable):
     _, said = process.communicate()
     assert process.returncode == 1
     part = {"TEXP_NATIVE": "the C++ core", "TEXP_CUDA": "the CUDA kernel"}[variable]
-    assert f"RuntimeError: {variable}=1 asks for {part}, but there is no C++ compiler 'no-such-compiler'" in said
+    why = f"{variable}=1 asks for {part}, but there is no C++ compiler 'no-such-compiler'"
+    assert f"MissingError: {why}" in said
+    command = ("-m", "texp", "bench", "--models", "ResNet-32", "--seconds", "0")
+    process = place.start(*command, CXX="no-such-compiler", **{variable: "1"})
+    assert process.communicate()[1] == f"texp: {why}\n"
+    assert process.returncode == 1
 
 
 def test_threads_that_start_at_once_warn_once(place):

@@ -70,8 +70,8 @@ def run(
         seconds: how long each candidate steps each model, or longer, until texp.timing has its least repeats.
         report: told what is measured next, before each turn.
     """
-    copy_gb_per_s = copy_bandwidth(device, seconds, report)
     run_on = _machine(device)
+    copy_gb_per_s = copy_bandwidth(device, seconds, report)
     for model in models:
         sizes = [math.prod(shape) for shape in MODELS[model][0]]
         size = {"model": model, "tensors": len(sizes), "parameters": sum(sizes)}

@@ -46,7 +46,7 @@ def run(arguments: list[str] | None = None) -> int:
             1,
             f'this command needs {library}: install texp with the extra "demo", as in pip install ".[demo]"',
         )
-    except (OSError, invariance.AuditError, SettingError) as error:
+    except (OSError, invariance.AuditError, SettingError, native.MissingError) as error:
         return _fail(1, str(error))
     except (typer.Abort, KeyboardInterrupt):
         return _fail(130, "interrupted")

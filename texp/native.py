@@ -27,6 +27,10 @@ _missing: dict[str, str] = {}  # why a part is missing, by its variable (build.P
 _has_given_up = False
 
 
+class MissingError(RuntimeError):
+    """What the environment insists on cannot be had, in one line."""
+
+
 def core() -> ModuleType | None:
     """The core, if it has been loaded."""
     return sys.modules.get(MODULE)
@@ -46,7 +50,7 @@ def load(*, may_build: bool) -> ModuleType | None:
             nor, unless the build was only interrupted, do others with the same compilers.
 
     Raises ValueError where TEXP_NATIVE, TEXP_CUDA or TEXP_CUDA_ARCHS has a value that it cannot have, and
-    RuntimeError where one of the first two is 1 but its part cannot be built.
+    MissingError where one of the first two is 1 but its part cannot be built.
     """
     global _has_given_up
     if build.setting("TEXP_NATIVE") == "0":
@@ -63,7 +67,7 @@ def load(*, may_build: bool) -> ModuleType | None:
         if may_build:
             for variable, part in build.PARTS.items():
                 if build.setting(variable) == "1":
-                    raise RuntimeError(f"{variable}=1 asks for {part}, but {error}") from None
+                    raise MissingError(f"{variable}=1 asks for {part}, but {error}") from None
             if not _has_given_up:  # in another thread meanwhile
                 _has_given_up = True
                 warnings.warn(f"texp goes on without its C++ core: {error}", stacklevel=2)
