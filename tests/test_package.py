@@ -56,7 +56,7 @@ def test_the_kernels_are_part_of_texp_alone():
 
 def copy_of_the_sources(to: Path) -> Path:
     to.mkdir()
-    for folder in ("csrc", "texp", "kernels", "tests", "benchmarks", ".ci"):
+    for folder in ("csrc", "texp", "kernels", "tests", "benchmarks", "findings", ".ci"):
         shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__", "_native"))
     for file in FILES:
         shutil.copy(ROOT / file, to)
