@@ -1,5 +1,7 @@
 """Known failures of torch.optim.SGD(fused=True) and of other fused optimizers, none of which may happen here."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -152,7 +154,7 @@ def _sharded(rank: int, rendezvous: str) -> None:
             optimizer.fold()
         assert torch.equal(sharded.full_tensor(), whole)
     dist.barrier()  # neither goes while the other still talks to it
-    dist.destroy_process_group()
+    os._exit(0)  # not by gloo's own end, whose threads now and then abort a process that is done
 
 
 def test_sharded_parameters(tmp_path):
