@@ -6,7 +6,6 @@ that cannot be used, and what none of them can take by texp.reference, in plain 
 
 import functools
 import importlib
-import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
