@@ -70,7 +70,8 @@ def test_both_walks_ask_the_same_of_a_kernel():
         torch.manual_seed(0)
         optimizer = optimizer_in_mid_run()
         calls = []
-        assert not of.step(optimizer.param_groups, optimizer.state, 4.0, None, recorder(calls), False)
+        given = (optimizer.param_groups, optimizer.norm_stats, optimizer.state, 4.0, None)
+        assert not of.step(*given, None, recorder(calls), False)
         ((device, tensors, rows),) = calls
         told.append((device, decoded(tensors, rows), [scale_of(group) for group in optimizer.param_groups]))
     of_core, of_walk = told

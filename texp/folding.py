@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from texp import backends, groups, norm_stats, plan, theory
+from texp.memory import PLAIN
 from texp.reference import Entry
 from texp.theory import Row, Scale
+from texp.torch_internals import foreach_copy_
 
 _BATCH = 1 << 24  # elements that are looked at together when the exponential form is restored
 
@@ -49,9 +51,15 @@ class Folded:
             again = [_copy(saved) for _, saved in batch]
             work = [(item.fold, entry) for (item, _), entry in zip(batch, again, strict=True) if entry]
             _apply(self._optimizer, work)
+            unchanged = []
             for (item, saved), folded in zip(batch, again, strict=True):
-                if now := _entry(self._optimizer, item):
+                now = _entry(self._optimizer, item)
+                if now is not None and saved is not None and _same(now, folded):
+                    unchanged += [pair for pair in zip(now, saved, strict=True) if pair[0] is not None]
+                elif now is not None:
                     self._restore(item, now, saved or _NOTHING, folded or _NOTHING)
+            if unchanged:
+                foreach_copy_(*map(list, zip(*unchanged, strict=True)))
         _set_scales(self._optimizer, self._scales)
 
     def _restore(self, item: _Item, now: Entry, saved: Entry, folded: Entry) -> None:
@@ -139,6 +147,14 @@ def _entry(optimizer: Any, item: _Item) -> Entry | None:
 
 def _copy(entry: Entry | None) -> Entry | None:
     return None if entry is None else Entry(*(None if x is None else x.detach().clone() for x in entry))
+
+
+def _same(now: Entry, folded: Entry) -> bool:
+    """Whether nothing was changed, told at little cost; False where that is not so, or cannot be told so."""
+    return all(
+        a is b if a is None or b is None else type(a) in PLAIN and a.layout == torch.strided and torch.equal(a, b)
+        for a, b in zip(now, folded, strict=True)
+    )
 
 
 def _equal(a: Tensor, b: Tensor | None) -> Tensor:

@@ -268,4 +268,5 @@ def widened(entry: Entry, momentum_dtype: torch.dtype | None, new_bufs: list[tup
 
 
 def buf_of(state: dict[Tensor, Any], param: Tensor) -> Tensor | None:
-    return state[param].get("momentum_buffer") if param in state else None
+    values = state.get(param)
+    return None if values is None else values.get("momentum_buffer")
