@@ -98,11 +98,11 @@ def _pieces(entry: Entry, most: int) -> Iterable[Entry]:
     """Views of it of at most so many elements. Only plain tensors are taken apart, and none where what is read of one
     piece may be written with another.
     """
+    if entry.param.numel() <= most:
+        return [entry]
     tensors = [x for x in entry if x is not None]
     plain = all(type(x) in PLAIN and x.layout == torch.strided for x in tensors)
-    if entry.param.numel() <= most or not plain or that_share_memory(tensors):
-        return [entry]
-    return _split(entry, most)
+    return [entry] if not plain or that_share_memory(tensors) else _split(entry, most)
 
 
 def _split(entry: Entry, most: int) -> Iterator[Entry]:
