@@ -55,7 +55,6 @@ BAD = {
     "buffer, shape": (_buffer(torch.ones(4, dtype=torch.float64)), RuntimeError, "cannot have a momentum buffer"),
     "buffer, device": (_buffer(torch.ones(3, device="meta")), RuntimeError, "cannot have a momentum buffer"),
     "buffer, integers": (_buffer(torch.ones(3, dtype=torch.long)), RuntimeError, "cannot have a momentum buffer"),
-    "buffer, narrower": (_buffer(torch.ones(3)), RuntimeError, "cannot have a momentum buffer"),
     "state": (_state, (TypeError, AttributeError), "dict|list"),
     "scale": (_option(scale=0.0), ValueError, r"parameter group 1: scale must be in \[1, 2\)"),
     "scale, text": (_option(scale="two"), TypeError, "str"),
