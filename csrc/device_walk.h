@@ -111,9 +111,9 @@ class DeviceWalk {
     params_.clear();
     bool steps = false, all = true;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
-      params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
-      steps = steps || params_.back().has_grad();
-      all = all && params_.back().has_grad();
+      const Param& param = reader_.param(PySequence_Fast_GET_ITEM(list, i), params_);
+      steps = steps || param.has_grad();
+      all = all && param.has_grad();
     }
     const int32_t first_slot = std::exchange(slot, slot + static_cast<int32_t>(params_.size()));
     if (capturing_ && !all) return "a parameter has no gradient: replays would go on without it";
@@ -203,11 +203,11 @@ class DeviceWalk {
     if (param.buf != nullptr) {
       if (!THPVariable_CheckExact(param.buf)) return "a momentum buffer is not a plain tensor";
       const at::Tensor& buf = THPVariable_Unpack(param.buf);
-      const auto dtype = wider(p, buf, momentum_dtype_);
-      if (!dtype) return told(plan_.take(p, param.grad, &buf, kUnknownRow));
+      const at::ScalarType dtype = wide_enough(p, buf, momentum_dtype_);
+      if (dtype == buf.scalar_type()) return told(plan_.take(p, param.grad, &buf, kUnknownRow));
       if (capturing_) return "a momentum buffer is narrower than it is to be; take a step before the capture";
       if (const char* why = unwritable(buf)) return told({"its momentum buffer", why});
-      made = widened(buf, *dtype);
+      made = widened(buf, dtype);
     } else {
       if (!starts) return told(plan_.take(p, param.grad, nullptr, kUnknownRow));
       // Memory made in a capture would be set to 0 again by each replay.

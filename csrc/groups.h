@@ -146,14 +146,10 @@ inline at::Tensor new_buffer(const at::Tensor& p, const at::Tensor& g, const Mom
   return at::zeros_like(p, p.options().dtype(dtype));
 }
 
-// The dtype that a buffer is to be widened to; none: it is as wide as it is to be.
-inline std::optional<at::ScalarType> wider(const at::Tensor& p, const at::Tensor& b, const MomentumDtype& asked) {
-  if (!asked && b.dtype() == p.dtype()) [[likely]]
-    return {};
-  const at::ScalarType is = b.scalar_type(), wanted = asked.value_or(p.scalar_type());
-  if (!at::isFloatingType(is)) return {};
-  const at::ScalarType wide = at::promote_types(is, wanted);
-  return wide == is ? std::nullopt : std::optional(wide);
+// The dtype that a buffer is to be widened to; that which it has: it is as wide as it is to be.
+inline at::ScalarType wide_enough(const at::Tensor& p, const at::Tensor& b, const MomentumDtype& asked) {
+  const at::ScalarType is = b.scalar_type();
+  return at::isFloatingType(is) ? at::promote_types(is, asked.value_or(p.scalar_type())) : is;
 }
 
 inline at::Tensor widened(const at::Tensor& b, at::ScalarType dtype) {
@@ -162,11 +158,11 @@ inline at::Tensor widened(const at::Tensor& b, at::ScalarType dtype) {
 }
 
 struct Param {
-  PyObject* object;
-  bool exact;                     // a torch.Tensor or Parameter
-  const at::Tensor* grad;         // null: none, or of a subclass
-  PyObject* foreign_grad;         // of a subclass; null: none
-  PyObject* buf = nullptr;        // null: none
+  PyObject* object = nullptr;
+  bool exact = false;                // a torch.Tensor or Parameter
+  const at::Tensor* grad = nullptr;  // null: none, or of a subclass
+  PyObject* foreign_grad = nullptr;  // of a subclass; null: none
+  PyObject* buf = nullptr;           // null: none
 
   bool has_grad() const { return grad != nullptr || foreign_grad != nullptr; }
 };
@@ -265,8 +261,11 @@ class Reader {
             stored.kappa == nullptr ? 0.0 : number(stored.kappa)};
   }
 
-  Param param(PyObject* object) {
-    Param param{hold(object), THPVariable_CheckExact(object), nullptr, nullptr};
+  // Adds a parameter. Written where it stays: to copy it at once would wait for the writes.
+  Param& param(PyObject* object, std::vector<Param>& to) {
+    Param& param = to.emplace_back();
+    param.object = hold(object);
+    param.exact = THPVariable_CheckExact(object);
     if (param.exact) {
       const at::Tensor& grad = THPVariable_Unpack(object).unsafeGetTensorImpl()->grad();
       if (grad.defined()) param.grad = careful ? &held_grads_.emplace_back(grad) : &grad;

@@ -106,15 +106,21 @@ class Plan {
     elements_ = 0;
   }
 
+  // Takes p, g and b (null: none) if they are what nearly all tensors are: float32, plain and contiguous.
+  bool take_usual(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
+    if (row != kUnknownRow && !rows_.fits(row, false)) [[unlikely]]
+      return false;
+    if (!(usual(p) && (g == nullptr || usual(*g, p)) && (b == nullptr || usual(*b, p)) && shared_.empty())) return false;
+    push(p, p, g, b, b, row, Dtype::float32, Dtype::float32, Dtype::float32);
+    return true;
+  }
+
   // Takes p, g and b (null: none) if the kernel can; otherwise says why not and takes nothing. `row`: which of the rows,
   // or kUnknownRow.
   Refusal take(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
-    if (row != kUnknownRow && !rows_.fits(row, false) && !rows_.fits(row, is_wide(p, g, b))) [[unlikely]]
+    if (take_usual(p, g, b, row)) return {};
+    if (row != kUnknownRow && !rows_.fits(row, is_wide(p, g, b)))
       return {"the parameter", "is too narrow for a step as large as this"};
-    if (usual(p) && (g == nullptr || usual(*g, p)) && (b == nullptr || usual(*b, p)) && shared_.empty()) {
-      push(p, p, g, b, b, row, Dtype::float32, Dtype::float32, Dtype::float32);
-      return {};
-    }
     if (const char* why = unwritable(p)) return {"the parameter", why};
     if (g != nullptr) {
       if (const char* why = unsupported(*g)) return {"its gradient", why};

@@ -232,8 +232,8 @@ class Walk {
     params_.clear();
     bool steps = false;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
-      params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
-      steps = steps || params_.back().has_grad();
+      const Param& param = reader_.param(PySequence_Fast_GET_ITEM(list, i), params_);
+      steps = steps || param.has_grad();
     }
     // A group in exponential form of which this process holds no parameter follows the others' (texp/groups.py `steps`).
     if (!steps && !params_.empty()) return;
@@ -287,22 +287,31 @@ class Walk {
     const at::Tensor& p = THPVariable_Unpack(param.object);
     Plan* plan = plan_of(p.device());
     if (plan == nullptr) return {"the parameter", "is on a device whose kernel is not asked for or cannot be used here"};
-    at::Tensor made;
     if (param.buf != nullptr) {
       if (!THPVariable_CheckExact(param.buf)) return {"its momentum buffer", "is not a torch.Tensor"};
       const at::Tensor& buf = THPVariable_Unpack(param.buf);
-      const auto dtype = wider(p, buf, momentum_dtype_);
-      if (!dtype) [[likely]]
-        return plan->take(p, param.grad, &buf, row);
+      if (momentum_dtype_ != at::kDouble && plan->take_usual(p, param.grad, &buf, row)) return {};
+      if (wide_enough(p, buf, momentum_dtype_) == buf.scalar_type()) return plan->take(p, param.grad, &buf, row);
+    } else if (!starts) {
+      return plan->take(p, param.grad, nullptr, row);
+    }
+    return take_with_new_buffer(*plan, param, row);
+  }
+
+  // For a tensor's first step, or one whose buffer is narrower than it is to be.
+  [[gnu::noinline]] Refusal take_with_new_buffer(Plan& plan, const Param& param, int32_t row) {
+    const at::Tensor& p = THPVariable_Unpack(param.object);
+    at::Tensor made;
+    if (param.buf != nullptr) {
+      const at::Tensor& buf = THPVariable_Unpack(param.buf);
       if (const char* why = unwritable(buf)) return {"its momentum buffer", why};
-      made = widened(buf, *dtype);
+      made = widened(buf, wide_enough(p, buf, momentum_dtype_));
     } else {
-      if (!starts) return plan->take(p, param.grad, nullptr, row);
       if (const char* why = unwritable(p)) return {"the parameter", why};
       if (const char* why = unsupported(*param.grad)) return {"its gradient", why};
       made = new_buffer(p, *param.grad, momentum_dtype_);
     }
-    const Refusal refusal = plan->take(p, param.grad, &made, row);
+    const Refusal refusal = plan.take(p, param.grad, &made, row);
     if (!refusal) new_bufs_.push_back({param.object, made, {}});
     return refusal;
   }

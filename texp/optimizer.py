@@ -151,6 +151,7 @@ class SGD(torch.optim.Optimizer):
         self._folded: Folded | None = None  # what the exponential form was, while θ is held
         self._contexts = 0  # `with optimizer.folded()` that have not ended
         self._evaluating = False  # between eval() and train()
+        self._rest: plan.Rest | None = None  # of the step that is under way
         self._given: dict[int, tuple] = {}  # what groups in exponential form were given
         self._zero: Callable[[], Any] | None = None  # the ZeroRedundancyOptimizer around this, once it was looked for
 
@@ -224,6 +225,7 @@ class SGD(torch.optim.Optimizer):
             # model: it is left out where nobody looks.
             return (self._observed_step if self._is_observed() else self._step)(*args, **kwargs)
         except BaseException:
+            self._rest = None
             # A GradScaler would take them away after the step; left here they would go into the next one.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
@@ -271,13 +273,17 @@ class SGD(torch.optim.Optimizer):
             plan.step(self.param_groups, stats, self.state, grad_scale, self.momentum_dtype)
             self._find_kernels_if_moved(p for group in self.param_groups for p in group["params"])
         else:
-            rest = plan.Rest(self._backend, self.param_groups, self.state, self.momentum_dtype)
-            if core.step(
-                self.param_groups, self.norm_stats, self.state, grad_scale, self.momentum_dtype, rest.check, cpu, cuda
-            ):
+            given = self.param_groups, self.norm_stats, self.state, grad_scale, self.momentum_dtype
+            if core.step(*given, self._check_rest, cpu, cuda):
+                rest, self._rest = self._rest, None
                 rest.do()
                 self._find_kernels_if_moved(entry.param for _, entry in rest.work)
         return loss
+
+    def _check_rest(self, left: list[tuple]) -> None:
+        """What the core cannot take is left to plain torch: the step of that is planned, and refused if need be."""
+        self._rest = plan.Rest(self._backend, self.param_groups, self.state, self.momentum_dtype)
+        self._rest.check(left)
 
     def _find_kernels_if_moved(self, params: Iterable[Tensor]) -> None:
         """For the next step, where parameters have come to a GPU since the last look."""

@@ -212,11 +212,12 @@ def _check_tensors(index: int, row: Row, entry: Entry) -> None:
                 f"parameter group {index}: {what} of shape {tuple(tensor.shape)} was made in inference mode and "
                 "cannot be written to outside of it; clone() it first"
             )
-    limit = torch.finfo(torch.promote_types(param.dtype, torch.float32)).max
+    dtype = reference.arithmetic(entry)
+    limit = torch.finfo(dtype).max
     if not all(abs(x) <= limit for x in row):
         raise ValueError(
             f"parameter group {index}: a step with these hyperparameters leaves the range of the arithmetic of "
-            f"{param.dtype}, {limit:.3g}: {row}"
+            f"{dtype}, {limit:.3g}: {row}"
         )
 
 

@@ -118,9 +118,14 @@ def _split(entry: Entry, most: int) -> Iterator[Entry]:
         yield from _split(Entry(*(None if x is None else x.narrow(dim, begin, until) for x in entry)), most)
 
 
+def arithmetic(entry: Entry) -> torch.dtype:
+    """The dtype in which a row is applied: float32, or a wider one that holds all three."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in entry if x is not None), torch.float32)
+
+
 def _apply(row: Row, batch: list[Entry]) -> None:
     params, grads, bufs = (None if xs[0] is None else list(xs) for xs in zip(*batch, strict=True))
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in batch[0] if x is not None), torch.float32)
+    dtype = arithmetic(batch[0])
     p, g, b = (_term(xs, dtype) for xs in (params, grads, bufs))
 
     # The innermost sums come first, as in torch.optim.SGD: grad + λp, and only then the buffer.
