@@ -105,7 +105,7 @@ def test_a_step_that_leaves_the_range_of_the_arithmetic_changes_nothing(target, 
     optimizer = target.sgd([p], lr=0.1)
     optimizer.param_groups[0]["lr"] = 1e39
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=rf"range of the arithmetic of {dtype}"):
+    with pytest.raises(ValueError, match=r"range of the arithmetic of torch.float32"):
         optimizer.step()
     assert_unchanged(optimizer, before)
 
