@@ -9,8 +9,8 @@ from texp.integrations.wrapped import has_exponential_groups, texp_sgd
 
 class FoldCallback(TrainerCallback):
     """Lets checkpoints of a run with texp.SGD hold θ and the momentum of torch.optim.SGD, where its exponential
-    groups train Pθ: a model and an optimizer state that fit each other, and that either optimizer can go on from. From
-    the end of the last epoch on, the model holds θ, too, for `Trainer.save_model` and for the best model that
+    groups train Pθ: a model and an optimizer state that fit each other, and that either optimizer can go on from.
+    From the end of the last epoch on, the model holds θ, too, for `Trainer.save_model` and for the best model that
     `load_best_model_at_end` puts there.
 
     The Trainer itself calls `optimizer.eval()`, after which the parameters are θ, before an evaluation, but not when

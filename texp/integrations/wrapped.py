@@ -2,8 +2,9 @@
 
 from texp.optimizer import SGD
 
-# Where a wrapper keeps what it wraps: Lightning, accelerate and DeepSpeed, ZeroRedundancyOptimizer, opacus.
-KEPT_AS = ("_optimizer", "optimizer", "optim", "original_optimizer")
+# Where a wrapper keeps what it wraps: Lightning, accelerate and DeepSpeed, ZeroRedundancyOptimizer, opacus, SAM of
+# pytorch-optimizer, fastai.
+KEPT_AS = ("_optimizer", "optimizer", "optim", "original_optimizer", "base_optimizer", "opt")
 
 
 def texp_sgd(optimizer: object) -> SGD | None:
