@@ -30,8 +30,10 @@ from tests.integration.training import (
     Form,
     batches,
     copied,
+    fold,
     network,
 )
+from texp.integrations.wrapped import texp_sgd
 
 # Imported without its warning, of torch.jit.
 optim = pytest.importorskip("torch.distributed.optim", reason="this torch has no torch.distributed")
@@ -94,9 +96,7 @@ def check(results: dict[str, dict[str, torch.Tensor]]) -> None:
 
 
 def folded(optimizer: torch.optim.Optimizer) -> None:
-    optimizer = getattr(optimizer, "optim", optimizer)
-    if isinstance(optimizer, texp.SGD):
-        optimizer.fold()
+    fold(texp_sgd(optimizer) or optimizer)
 
 
 def _ddp(rank: int) -> None:
