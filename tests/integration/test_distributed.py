@@ -167,8 +167,10 @@ def _zero_with_a_small_group(rank: int, order: int) -> None:
             statistics = [(model[1].running_mean, 1), (model[1].running_var, 2)]
             small |= {"scale_invariant": True, "norm_stats": statistics}
         optimizer = zero(form, [small, {"params": rest}][::order])
-        train(nn.parallel.DistributedDataParallel(model), optimizer, rank)
-        fold_everywhere(optimizer)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for start in (0, 10):
+            train(parallel, optimizer, rank, start=start, stop=start + 10)
+            fold_everywhere(optimizer)
         results[form.name] = copied(model)
     check(results)
 
@@ -176,7 +178,8 @@ def _zero_with_a_small_group(rank: int, order: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_group_of_which_one_process_has_nothing(order, tmp_path):
-    """Its running statistics grow there, too: DDP takes them from the first process, whoever has the weights."""
+    """Its running statistics grow there, too: DDP takes them from the first process, whoever has the weights. And
+    training goes on after it has been folded, whose scale ZeRO also keeps."""
     on_processes(_zero_with_a_small_group, tmp_path, order)
 
 
