@@ -27,7 +27,12 @@ from tests.integration.training import (
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 from texp.integrations.lightning import FoldCallback  # noqa: E402
@@ -134,7 +139,9 @@ def test_a_grad_scaler_that_overflows(form, clip, tmp_path):
         with warnings.catch_warnings():
             # Of torch, when the scaler skips the first step: "lr_scheduler.step() before optimizer.step()".
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            weights = fit(tmp_path, WithOurClipping(f, torch.float32), plugins=[plugin], max_epochs=12, gradient_clip_val=clip)
+            weights = fit(
+                tmp_path, WithOurClipping(f, torch.float32), plugins=[plugin], max_epochs=12, gradient_clip_val=clip
+            )
         return weights, scaler.get_scale()
 
     (found, scale), (expected, expected_scale) = trained(form), trained(TORCH)
@@ -252,3 +259,31 @@ def test_the_callback_warns_of_what_would_average_or_save_scaled_weights(callbac
         with pytest.warns(UserWarning, match=said) if form is EXPONENTIAL else contextlib.nullcontext():
             callbacks = [FoldCallback(), callback()]
             fit(tmp_path / form.name, Module(form), max_steps=1, callbacks=callbacks, enable_checkpointing=True)
+    callbacks = [FoldCallback(warn=False), callback()]
+    fit(tmp_path / "said", Module(EXPONENTIAL), max_steps=1, callbacks=callbacks, enable_checkpointing=True)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_callback_leaves_an_average_alone(order, tmp_path):
+    """In the checkpoint, where the weights stand beside it, and in the model after the fit; here it is one inside of
+    folded()."""
+
+    class Averaging(WeightAveraging):
+        def on_train_batch_end(self, trainer, *args):
+            optimizer = texp_sgd(trainer.optimizers[0])
+            with optimizer.folded() if optimizer is not None else contextlib.nullcontext():
+                super().on_train_batch_end(trainer, *args)
+
+    found = []
+    for form in (EXPONENTIAL, TORCH):
+        saving = ModelCheckpoint(tmp_path / form.name, "{step}", every_n_train_steps=6, save_top_k=-1)
+        callbacks = [FoldCallback(warn=False), Averaging()][::order]
+        this = trainer(tmp_path, max_steps=8, enable_checkpointing=True, callbacks=[*callbacks, saving])
+        module = Module(form)
+        this.fit(module, loader())
+        checkpoint = torch.load(tmp_path / form.name / "step=6.ckpt", weights_only=False)
+        found.append([copied(module.model), checkpoint["state_dict"], checkpoint["current_model_state"]])
+    for ours, theirs in zip(*found, strict=True):
+        EXPONENTIAL.check(ours, theirs)
+    with pytest.raises(AssertionError):  # that there is an average
+        EXPONENTIAL.check(*found[0][1:])
