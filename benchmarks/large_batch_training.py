@@ -81,7 +81,7 @@ def make_optimizer(
     arguments = {"lr": lr, "momentum": options.momentum, "nesterov": True}
     if name == "texp":
         groups = texp.param_groups(model, example, no_decay="bias_and_norm", weight_decay=options.weight_decay)
-        return texp.SGD(groups, backend=options.backend, **arguments)
+        return texp.SGD(groups, backend=options.backend, fused=True, **arguments)
     named = list(model.named_parameters())
     groups = [
         {"params": [p for n, p in named if bias_or_norm(n, p) == still], "weight_decay": 0.0 if still else decay}

@@ -3,6 +3,7 @@
 #include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <optional>
@@ -18,26 +19,43 @@
 namespace texp {
 namespace {
 
+// A walk whose memory serves the next one.
+class UsedWalk {
+  std::optional<Walk> own_;  // where a hook steps another optimizer meanwhile
+
+  static Walk& kept() {
+    thread_local Walk walk;
+    return walk;
+  }
+
+ public:
+  Walk& walk;
+
+  UsedWalk() : walk(kept().busy ? own_.emplace() : kept()) { walk.busy = true; }
+  ~UsedWalk() {
+    walk.clear();
+    walk.busy = false;
+  }
+  UsedWalk(const UsedWalk&) = delete;
+};
+
+MomentumDtype momentum_dtype_of(const py::object& dtype) {
+  if (dtype.is_none()) return {};
+  if (!THPDtype_Check(dtype.ptr())) throw py::type_error("momentum_dtype must be a torch.dtype or None");
+  return reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+}
+
 // Takes one step of all tensors that the kernel can take, and returns the list of the others (see Walk::left).
 //
 // `check` is called with that list, if it is not empty, before anything is changed; it may raise. cpu, cuda: who takes
 // tensors there: False for nobody, True for the kernel of this library, or one that is called, see csrc/launch.h.
-py::list step(const py::list& groups, const py::dict& state, double grad_scale, const py::object& check,
-              const py::object& cpu, const py::object& cuda) {
+// norm_stats: a list of texp.norm_stats.NormStat for each group. momentum_dtype: a torch.dtype or None.
+py::list step(const py::list& groups, const py::list& norm_stats, const py::dict& state, double grad_scale,
+              const py::object& momentum_dtype, const py::object& check, const py::object& cpu, const py::object& cuda) {
   at::NoGradGuard no_grad;
-  thread_local Walk kept;
-  std::optional<Walk> own;  // where `check` or a hook steps another optimizer meanwhile
-  if (kept.busy) own.emplace();
-  Walk& walk = own ? *own : kept;
-  struct Busy {
-    Walk& walk;
-    explicit Busy(Walk& walk) : walk(walk) { walk.busy = true; }
-    ~Busy() {
-      walk.clear();
-      walk.busy = false;
-    }
-  } busy(walk);
-  walk.walk(groups, state, grad_scale, Taker(cpu), Taker(cuda));
+  UsedWalk used;
+  Walk& walk = used.walk;
+  walk.walk(groups, norm_stats, state, grad_scale, momentum_dtype_of(momentum_dtype), Taker(cpu), Taker(cuda));
   const py::list left = walk.left();
   if (PyList_GET_SIZE(left.ptr()) != 0) check(left);
   try {
@@ -47,23 +65,25 @@ py::list step(const py::list& groups, const py::dict& state, double grad_scale, 
     walk.drop_states(state);
     throw;
   }
+  if (walk.averaged()) py::module_::import("texp.groups").attr("warn_of_averaging")();
   return left;
 }
 
 // Takes one step of groups whose scales are on a device. Returns why it cannot be taken in this way, and then changes
 // nothing, or None. grad_scale, found_inf: float32 tensors of one element on the device, or None. capturing: whether the
 // step is not taken now, but recorded in a graph. kernel: see DeviceWalk.
-py::object step_on_device(const py::list& groups, const py::dict& state, const py::object& states,
-                          const py::object& started, const py::object& ticket, const py::object& grad_scale,
-                          const py::object& found_inf, bool capturing, const py::object& kernel) {
+py::object step_on_device(const py::list& groups, const py::list& norm_stats, const py::dict& state,
+                          const py::object& momentum_dtype, const py::object& states, const py::object& started,
+                          const py::object& ticket, const py::object& grad_scale, const py::object& found_inf,
+                          bool capturing, const py::object& kernel) {
   at::NoGradGuard no_grad;
   const auto tensor = [](const py::object& object) { return THPVariable_Unpack(object.ptr()); };
   const auto optional = [](const py::object& object) {
     return object.is_none() ? nullptr : &THPVariable_Unpack(object.ptr());
   };
   const OnDevice on_device{tensor(states), tensor(started), tensor(ticket)};
-  DeviceWalk walk(on_device, capturing, kernel);
-  if (const char* why = walk.walk(groups, state)) return py::str(why);
+  DeviceWalk walk(on_device, momentum_dtype_of(momentum_dtype), capturing, kernel);
+  if (const char* why = walk.walk(groups, norm_stats, state)) return py::str(why);
   try {
     walk.run(optional(grad_scale), optional(found_inf));
   } catch (...) {
@@ -73,9 +93,14 @@ py::object step_on_device(const py::list& groups, const py::dict& state, const p
   return py::none();
 }
 
-Row<double> as_row(const py::tuple& t) {
-  const auto at = [&](size_t i) { return t[i].cast<double>(); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
+// Applies rows to tensors: pairs of a row and (param, None, buffer or None). Returns the places of those that no kernel
+// takes.
+std::vector<size_t> apply_rows(const std::vector<py::tuple>& work, const py::object& cpu, const py::object& cuda) {
+  at::NoGradGuard no_grad;
+  UsedWalk used;
+  const std::vector<size_t> left = used.walk.walk_rows(work, Taker(cpu), Taker(cuda));
+  used.walk.run();
+  return left;
 }
 
 // theory.advance, for tests: rows of a running, a first and an idle tensor, the scale after the step, and growth.
@@ -123,11 +148,12 @@ std::pair<int, const char*> cuda_devices() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The C++ core of texp; see texp/optimizer.py and texp/backends.py.";
   module.def("observed", &at::hasCallbacks, "Whether a profiler or another observer is to see the next step.");
-  module.def("step", &texp::step, py::arg("groups"), py::arg("state"), py::arg("grad_scale"), py::arg("check"),
-             py::arg("cpu") = true, py::arg("cuda") = false);
-  module.def("step_on_device", &texp::step_on_device, py::arg("groups"), py::arg("state"), py::arg("states"),
-             py::arg("started"), py::arg("ticket"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("capturing"),
-             py::arg("kernel") = py::none());
+  module.def("step", &texp::step, py::arg("groups"), py::arg("norm_stats"), py::arg("state"), py::arg("grad_scale"),
+             py::arg("momentum_dtype"), py::arg("check"), py::arg("cpu") = true, py::arg("cuda") = false);
+  module.def("step_on_device", &texp::step_on_device, py::arg("groups"), py::arg("norm_stats"), py::arg("state"),
+             py::arg("momentum_dtype"), py::arg("states"), py::arg("started"), py::arg("ticket"), py::arg("grad_scale"),
+             py::arg("found_inf"), py::arg("capturing"), py::arg("kernel") = py::none());
+  module.def("apply_rows", &texp::apply_rows, py::arg("work"), py::arg("cpu") = true, py::arg("cuda") = false);
   module.def("advance", &texp::advance_tuple, py::arg("scale"), py::arg("hyper"), py::arg("first"), py::arg("grad_scale"));
   module.def("cpu_variants", &texp::cpu_variants);
   module.def("use_cpu_variant", &texp::use_cpu_variant, py::arg("name"));

@@ -3,8 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros_like.h>
-#include <c10/core/InferenceMode.h>
+#include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -29,12 +28,13 @@ struct OnDevice {
 class DeviceWalk {
  public:
   // kernel: is called from Python with the tables and takes the place of that of this library, if it is not None.
-  DeviceWalk(const OnDevice& on_device, bool capturing, const py::object& kernel)
-      : on_device_(on_device), capturing_(capturing), kernel_(kernel), plan_(rows_, on_device.states.device()) {}
+  DeviceWalk(const OnDevice& on_device, const MomentumDtype& momentum_dtype, bool capturing, const py::object& kernel)
+      : on_device_(on_device), momentum_dtype_(momentum_dtype), capturing_(capturing), kernel_(kernel), plan_(rows_, on_device.states.device()) {}
 
   // Walks over the groups and changes nothing. Returns why the step cannot be taken in this way, or null;
   // the text lives as long as this object.
-  const char* walk(const py::list& groups, const py::dict& state) {
+  const char* walk(const py::list& groups, const py::list& norm_stats, const py::dict& state) {
+    found_ = found_stats(groups, norm_stats);
     const char* why = nullptr;
     try {
       why = walk_groups(groups, state);
@@ -116,22 +116,22 @@ class DeviceWalk {
       all = all && params_.back().has_grad();
     }
     const int32_t first_slot = std::exchange(slot, slot + static_cast<int32_t>(params_.size()));
-    if (capturing_) {
-      if (!reader_.flag(required(group, key.capturable))) return "a group has capturable=False";
-      if (!all) return "a parameter has no gradient: replays would go on without it";
-    }
-    if (!steps) return nullptr;
+    if (capturing_ && !all) return "a parameter has no gradient: replays would go on without it";
+    // A group in exponential form of which this process holds no parameter follows the others' (texp/groups.py `steps`).
+    if (!steps && !params_.empty()) return nullptr;
+    const bool scale_invariant = reader_.scale_invariant(group);
+    const Scale known = reader_.scale(StoredScale(group), index);  // when the state was last on the host
+    const bool ordinary = !scale_invariant && known.P == 1 && known.kappa == 0;
+    if (ordinary && params_.empty()) return nullptr;
 
     cuda::Group made{};
     bool has_momentum = true;
     if (const char* why = read_numbers(group, index, made, has_momentum)) return why;
     made.nesterov = reader_.flag(required(group, key.nesterov));
     made.maximize = reader_.flag(required(group, key.maximize));
-    made.scale_invariant = reader_.flag(required(group, key.scale_invariant));
+    made.scale_invariant = scale_invariant;
     made.state = reinterpret_cast<cuda::State*>(on_device_.states.mutable_data_ptr<double>()) + index;
-    const Scale known = reader_.scale(StoredScale(group), index);  // when the state was last on the host
-    const bool ordinary = !made.scale_invariant && known.P == 1 && known.kappa == 0;
-    made.unbuffered = true;
+    made.unbuffered = !params_.empty() || known == Scale{};
     if (has_momentum || !ordinary) {
       for (Param& param : params_) {
         param.buf = reader_.buffer(state, param);
@@ -139,6 +139,10 @@ class DeviceWalk {
       }
     }
     groups_.push_back(made);
+    if (params_.empty()) {  // and no tensor brings the group to the kernel
+      plan_.take(at::empty({0}, on_device_.states.options().dtype(at::kFloat)), nullptr, nullptr, kUnknownRow);
+      push(cuda::Kind::statistic, 0, 0);
+    }
 
     for (size_t i = 0; i < params_.size(); ++i) {
       const Param& param = params_[i];
@@ -150,7 +154,7 @@ class DeviceWalk {
     }
     const char* wrong = nullptr;
     if (!ordinary) {
-      reader_.norm_stats(group, index, [&](PyObject* stat, double power) {
+      for_each_stat(found_, index, [&](PyObject* stat, double power) {
         if (!THPVariable_CheckExact(stat) || !on_this_device(THPVariable_Unpack(stat)) ||
             plan_.take(THPVariable_Unpack(stat), nullptr, nullptr, kUnknownRow)) {
           wrong = "norm_stats are not plain tensors on its device";
@@ -195,18 +199,25 @@ class DeviceWalk {
     if (!param.exact || !on_this_device(THPVariable_Unpack(param.object)))
       return "a parameter is not a plain tensor on its device";
     const at::Tensor& p = THPVariable_Unpack(param.object);
+    at::Tensor made;
     if (param.buf != nullptr) {
       if (!THPVariable_CheckExact(param.buf)) return "a momentum buffer is not a plain tensor";
-      return told(plan_.take(p, param.grad, &THPVariable_Unpack(param.buf), kUnknownRow));
+      const at::Tensor& buf = THPVariable_Unpack(param.buf);
+      const auto dtype = wider(p, buf, momentum_dtype_);
+      if (!dtype) return told(plan_.take(p, param.grad, &buf, kUnknownRow));
+      if (capturing_) return "a momentum buffer is narrower than it is to be; take a step before the capture";
+      if (const char* why = unwritable(buf)) return told({"its momentum buffer", why});
+      made = widened(buf, *dtype);
+    } else {
+      if (!starts) return told(plan_.take(p, param.grad, nullptr, kUnknownRow));
+      // Memory made in a capture would be set to 0 again by each replay.
+      if (capturing_) return "a parameter has no momentum buffer yet; take a step before the capture";
+      if (const char* why = unwritable(p)) return told({"the parameter", why});
+      if (const char* why = unsupported(*param.grad)) return told({"its gradient", why});
+      made = new_buffer(p, *param.grad, momentum_dtype_);
     }
-    if (!starts) return told(plan_.take(p, param.grad, nullptr, kUnknownRow));
-    // Memory made in a capture would be set to 0 again by each replay.
-    if (capturing_) return "a parameter has no momentum buffer yet; take a step before the capture";
-    if (const char* why = unwritable(p)) return told({"the parameter", why});
-    const c10::InferenceMode normal(false);
-    const at::Tensor buf = at::zeros_like(p);
-    const Refusal refusal = plan_.take(p, param.grad, &buf, kUnknownRow);
-    if (!refusal) new_bufs_.push_back({py::reinterpret_borrow<py::object>(param.object), buf, {}});
+    const Refusal refusal = plan_.take(p, param.grad, &made, kUnknownRow);
+    if (!refusal) new_bufs_.push_back({py::reinterpret_borrow<py::object>(param.object), made, {}});
     return told(refusal);
   }
 
@@ -227,6 +238,8 @@ class DeviceWalk {
   }
 
   const OnDevice on_device_;
+  const MomentumDtype momentum_dtype_;
+  py::object found_;  // statistics, see found_stats
   const bool capturing_;
   const py::object& kernel_;
   Reader reader_;

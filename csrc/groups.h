@@ -2,12 +2,15 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/InferenceMode.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
 #include <cstdint>
 #include <deque>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,11 +32,11 @@ struct Names {
   TEXP_NAME(nesterov);
   TEXP_NAME(maximize);
   TEXP_NAME(scale_invariant);
-  TEXP_NAME(capturable);
   TEXP_NAME(scale);
   TEXP_NAME(scale_exponent);
   TEXP_NAME(carried_decay);
   TEXP_NAME(norm_stats);
+  TEXP_NAME(swa_lr);
   TEXP_NAME(momentum_buffer);
   TEXP_NAME(grad);
 #undef TEXP_NAME
@@ -72,18 +75,24 @@ inline bool overwrite(PyObject* value, double number) {
 #endif
 }
 
-// The scale of a group as its dict holds it, borrowed.
+// The scale of a group as its dict holds it, borrowed. Null: what Scale{} has, as in an ordinary group.
 struct StoredScale {
-  PyObject *group, *P, *exponent, *kappa;
+  PyObject *group, *P, *exponent = nullptr, *kappa = nullptr;
 
-  explicit StoredScale(PyObject* group)
-      : group(group),
-        P(required(group, names().scale)),
-        exponent(required(group, names().scale_exponent)),
-        kappa(required(group, names().carried_decay)) {}
+  explicit StoredScale(PyObject* group) : group(group), P(item(group, names().scale)) {
+    if (P == nullptr) return;
+    exponent = item(group, names().scale_exponent);
+    kappa = item(group, names().carried_decay);
+  }
 
   // fresh: no Python code has run since it was read.
   void write(const Scale& before, const Scale& after, bool fresh) const {
+    if (P == nullptr || exponent == nullptr || kappa == nullptr) {
+      set(group, names().scale, py::float_(after.P));
+      set(group, names().scale_exponent, py::int_(after.exponent));
+      set(group, names().carried_decay, py::float_(after.kappa));
+      return;
+    }
     if (after.P != before.P && !(fresh && overwrite(P, after.P))) set(group, names().scale, py::float_(after.P));
     if (after.exponent != before.exponent) set(group, names().scale_exponent, py::int_(after.exponent));
     if (after.kappa != before.kappa && !(fresh && overwrite(kappa, after.kappa)))
@@ -102,6 +111,53 @@ inline void drop_if_empty(const py::dict& state, py::handle param) {
   PyObject* values = PyDict_GetItemWithError(state.ptr(), param.ptr());
   if (values != nullptr && PyDict_Check(values) && PyDict_GET_SIZE(values) == 0) PyDict_DelItem(state.ptr(), param.ptr());
   PyErr_Clear();
+}
+
+// The statistics of each group and their powers of P, as texp.norm_stats finds them; null: no group has any. Runs Python
+// code.
+inline py::object found_stats(const py::list& groups, const py::list& norm_stats) {
+  bool any = PyList_GET_SIZE(norm_stats.ptr()) != PyList_GET_SIZE(groups.ptr());
+  for (Py_ssize_t i = 0; !any && i < PyList_GET_SIZE(groups.ptr()); ++i) {
+    PyObject* stats = PyList_GET_ITEM(norm_stats.ptr(), i);
+    any = !PyList_CheckExact(stats) || PyList_GET_SIZE(stats) != 0 ||
+          item(PyList_GET_ITEM(groups.ptr(), i), names().norm_stats) != nullptr;
+  }
+  return any ? py::module_::import("texp.norm_stats").attr("found")(groups, norm_stats) : py::object();
+}
+
+// Calls `each` with every statistic of a group and its power.
+template <class F>
+void for_each_stat(const py::object& found, Py_ssize_t index, F&& each) {
+  if (!found) return;
+  PyObject* stats = PyList_GET_ITEM(found.ptr(), index);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(stats); ++i) {
+    PyObject* pair = PyList_GET_ITEM(stats, i);
+    each(PyTuple_GET_ITEM(pair, 0), PyFloat_AS_DOUBLE(PyTuple_GET_ITEM(pair, 1)));
+  }
+}
+
+// What momentum_dtype was asked for, if any.
+using MomentumDtype = std::optional<at::ScalarType>;
+
+// A buffer of zeros, for a tensor's first step.
+inline at::Tensor new_buffer(const at::Tensor& p, const at::Tensor& g, const MomentumDtype& asked) {
+  const at::ScalarType dtype = asked.value_or(at::promote_types(p.scalar_type(), g.scalar_type()));
+  const c10::InferenceMode normal(false);  // for later steps outside of it
+  return at::zeros_like(p, p.options().dtype(dtype));
+}
+
+// The dtype that a buffer is to be widened to; none: it is as wide as it is to be.
+inline std::optional<at::ScalarType> wider(const at::Tensor& p, const at::Tensor& b, const MomentumDtype& asked) {
+  const at::ScalarType is = b.scalar_type(), wanted = asked.value_or(p.scalar_type());
+  if (is == wanted || !at::isFloatingType(is)) [[likely]]
+    return {};
+  const at::ScalarType wide = at::promote_types(is, wanted);
+  return wide == is ? std::nullopt : std::optional(wide);
+}
+
+inline at::Tensor widened(const at::Tensor& b, at::ScalarType dtype) {
+  const c10::InferenceMode normal(false);
+  return b.to(dtype);
 }
 
 struct Param {
@@ -173,13 +229,18 @@ class Reader {
         .weight_decay = number_of(key.weight_decay),
         .nesterov = flag_of(key.nesterov),
         .maximize = flag_of(key.maximize),
-        .scale_invariant = flag_of(key.scale_invariant),
+        .scale_invariant = scale_invariant(group),
     };
     check_number(index, key.momentum, h.momentum);
     check_number(index, key.weight_decay, h.weight_decay);
     check_number(index, key.lr, h.lr);
     check_number(index, key.dampening, h.dampening);
     return h;
+  }
+
+  bool scale_invariant(PyObject* group) {
+    PyObject* value = item(group, names().scale_invariant);
+    return value != nullptr && flag(hold(value));
   }
 
   // Raises ValueError for a hyperparameter that is not finite, or below 0 where it may not be.
@@ -190,31 +251,17 @@ class Reader {
 
   // Raises ValueError for what no step leaves behind.
   Scale scale(const StoredScale& stored, Py_ssize_t index) {
-    if (PyFloat_CheckExact(stored.P) && PyLong_CheckExact(stored.exponent) && PyFloat_CheckExact(stored.kappa)) {
+    if (stored.P == nullptr) return {};
+    const bool whole = stored.exponent != nullptr && stored.kappa != nullptr;
+    if (whole && PyFloat_CheckExact(stored.P) && PyLong_CheckExact(stored.exponent) && PyFloat_CheckExact(stored.kappa)) {
       const Scale scale{PyFloat_AS_DOUBLE(stored.P), PyLong_AsLongLong(stored.exponent), PyFloat_AS_DOUBLE(stored.kappa)};
       if (scale.P >= 1 && scale.P < 2 && scale.kappa >= 0 && std::isfinite(scale.kappa) && !PyErr_Occurred()) return scale;
       PyErr_Clear();
     }
     if (!careful) throw Unusual{};
     check(stored.group, index);
-    return {number(stored.P), py::cast<int64_t>(stored.exponent), number(stored.kappa)};
-  }
-
-  // Calls `each` with every tensor of norm_stats and its power. Raises ValueError for what is not a list of such pairs.
-  template <class F>
-  void norm_stats(PyObject* group, Py_ssize_t index, F&& each) {
-    PyObject* stats = hold(required(group, names().norm_stats));
-    if (PyList_CheckExact(stats) && PyList_GET_SIZE(stats) == 0) return;
-    if (careful) {
-      check(group, index);
-    } else if (!PyList_CheckExact(stats)) {
-      throw Unusual{};
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(stats); ++i) {
-      PyObject* pair = hold(PyList_GET_ITEM(stats, i));
-      if (!careful && !is_usual_stat(pair)) throw Unusual{};
-      each(PyTuple_GET_ITEM(pair, 0), number(PyTuple_GET_ITEM(pair, 1)));
-    }
+    return {number(stored.P), stored.exponent == nullptr ? 0 : py::cast<int64_t>(stored.exponent),
+            stored.kappa == nullptr ? 0.0 : number(stored.kappa)};
   }
 
   Param param(PyObject* object) {
@@ -249,14 +296,7 @@ class Reader {
     throw py::value_error(message);
   }
 
-  static bool is_usual_stat(PyObject* pair) {
-    if (!PyTuple_CheckExact(pair) || PyTuple_GET_SIZE(pair) != 2) return false;
-    PyObject *stat = PyTuple_GET_ITEM(pair, 0), *power = PyTuple_GET_ITEM(pair, 1);
-    return THPVariable_CheckExact(stat) && at::isFloatingType(THPVariable_Unpack(stat).scalar_type()) &&
-           (PyLong_CheckExact(power) || (PyFloat_CheckExact(power) && std::isfinite(PyFloat_AS_DOUBLE(power))));
-  }
-
-  // Raises where the group's scale or norm_stats are wrong.
+  // Raises where the group's scale is wrong.
   static void check(PyObject* group, Py_ssize_t index) {
     py::module_::import("texp.groups").attr("check_step")(index, py::handle(group));
   }

@@ -78,7 +78,8 @@ TEXP_INLINE Step advance(const Scale& scale, const Hyperparameters& h, bool firs
   const double direct = plain || h.nesterov ? 1 : 0;
   const double through = plain ? 0 : h.nesterov ? h.momentum : 1;
 
-  const Limits limit = limits(h);
+  Limits limit = limits(h);
+  if (first && h.lr == 0 && !plain) limit.kappa = 0;
   const double kappa_running = keep * scale.kappa + enter * h.weight_decay;
   const double kappa_first = plain ? kappa_running : h.weight_decay;
   const double kappa_c = clipped(first ? kappa_first : kappa_running, limit.kappa);

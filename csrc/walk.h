@@ -3,8 +3,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros_like.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -12,6 +10,7 @@
 #include <cmath>
 #include <deque>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -24,6 +23,11 @@ namespace texp {
 
 inline py::tuple as_tuple(const Row<double>& r) {
   return py::make_tuple(r.a_b, r.a_g, r.a_p, r.c_u, r.c_g, r.c_p, r.s_p, r.e, r.r_u, r.r_d);
+}
+
+inline Row<double> as_row(const py::tuple& t) {
+  const auto at = [&](size_t i) { return t[i].cast<double>(); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
 }
 
 inline bool keeps(const Row<double>& r) {
@@ -67,14 +71,16 @@ class Walk {
   void clear() {
     clear_plans();
     forget();
+    found_ = {};
     reader_.careful = Reader::always_careful;
   }
 
   // Walks over the groups and changes nothing. cpu, cuda: who takes the tensors there.
-  void walk(const py::list& groups, const py::dict& state, double grad_scale, const Taker& cpu, const Taker& cuda) {
-    cpu_ = cpu;
-    cuda_ = cuda;
-    watched_ = c10::impl::TorchDispatchModeTLS::any_modes_set();
+  void walk(const py::list& groups, const py::list& norm_stats, const py::dict& state, double grad_scale,
+            const MomentumDtype& momentum_dtype, const Taker& cpu, const Taker& cuda) {
+    start(cpu, cuda);
+    momentum_dtype_ = momentum_dtype;
+    found_ = found_stats(groups, norm_stats);
     try {
       walk_once(groups, state, grad_scale);
     } catch (const Unusual&) {
@@ -91,6 +97,37 @@ class Walk {
     // another thread has the interpreter.
     if (!left_.empty() || !new_bufs_.empty() || on_cpu_.lends_interpreter() || cpu_.kernel || cuda_.kernel) hold();
   }
+
+  // Takes tensors for rows that are given: pairs of a row and (param, grad, buffer or None), of which there is no grad.
+  // Returns the places of those that the kernels do not take.
+  std::vector<size_t> walk_rows(const std::vector<py::tuple>& work, const Taker& cpu, const Taker& cuda) {
+    start(cpu, cuda);
+    std::vector<size_t> left;
+    PyObject* last = nullptr;
+    int32_t row = -1;
+    for (size_t i = 0; i < work.size(); ++i) {
+      const py::object given = work[i][0];
+      const py::tuple entry = work[i][1];
+      if (given.ptr() != last) row = rows_.add(as_row(given));
+      last = given.ptr();
+      const py::object buf = entry[2];
+      const Param param{py::object(entry[0]).ptr(), static_cast<bool>(THPVariable_CheckExact(py::object(entry[0]).ptr())),
+                        nullptr, nullptr, buf.is_none() ? nullptr : buf.ptr()};
+      if (take(param, false, row)) left.push_back(i);
+    }
+    bool shared = false;
+    for_each_plan([&](Plan& plan) { shared = plan.has_shared_memory() || shared; });
+    if (shared) {
+      for_each_plan([](Plan& plan) { plan.forget_items(); });
+      left.resize(work.size());
+      std::iota(left.begin(), left.end(), size_t{0});
+    }
+    hold();
+    return left;
+  }
+
+  // Whether a group in exponential form has the LR of torch.optim.swa_utils.SWALR: somebody averages its weights.
+  bool averaged() const { return averaged_; }
 
   // (group index, why, row, param, grad, buffer or None, whether it is yet to be made) of each tensor that the kernel
   // does not take; for a tensor of norm_stats, `why` is None.
@@ -167,7 +204,13 @@ class Walk {
     left_.clear();
     objects_.clear();
     grads_of_left_.clear();
-    held_ = false;
+    held_ = averaged_ = false;
+  }
+
+  void start(const Taker& cpu, const Taker& cuda) {
+    cpu_ = cpu;
+    cuda_ = cuda;
+    watched_ = c10::impl::TorchDispatchModeTLS::any_modes_set();
   }
 
   void walk_carefully(const py::list& groups, const py::dict& state, double grad_scale) {
@@ -192,14 +235,15 @@ class Walk {
       params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
       steps = steps || params_.back().has_grad();
     }
-    if (!steps) return;
+    // A group in exponential form of which this process holds no parameter follows the others' (texp/groups.py `steps`).
+    if (!steps && !params_.empty()) return;
 
-    if (reader_.flag(required(group, key.capturable))) py::module_::import("texp.backends").attr("refuse_capturable")();
     const Hyperparameters h = reader_.hyperparameters(group, index);
     const StoredScale stored(group);
     const Scale scale = reader_.scale(stored, index);
     const bool ordinary = !h.scale_invariant && scale.P == 1 && scale.kappa == 0;
-    bool first = true;
+    if (ordinary && params_.empty()) return;
+    bool first = !params_.empty() || scale == Scale{};
     if (h.momentum != 0 || !ordinary) {
       for (Param& param : params_) {
         param.buf = reader_.buffer(state, param);
@@ -219,7 +263,9 @@ class Walk {
                                             : row_of(advanced.running, advanced.step.running);
       if (const Refusal refusal = take(param, starts, row)) left_.push_back({index, refusal, row, param, starts});
     }
-    reader_.norm_stats(group, index, [&](PyObject* stat, double power) {
+    if (ordinary) return;
+    averaged_ = averaged_ || item(group, key.swa_lr) != nullptr;
+    for_each_stat(found_, index, [&](PyObject* stat, double power) {
       if (advanced.step.growth == 1) return;
       Row<double> row{};
       row.s_p = power_of(advanced.step.growth, power);
@@ -241,17 +287,23 @@ class Walk {
     const at::Tensor& p = THPVariable_Unpack(param.object);
     Plan* plan = plan_of(p.device());
     if (plan == nullptr) return {"the parameter", "is on a device whose kernel is not asked for or cannot be used here"};
+    at::Tensor made;
     if (param.buf != nullptr) {
       if (!THPVariable_CheckExact(param.buf)) return {"its momentum buffer", "is not a torch.Tensor"};
-      return plan->take(p, param.grad, &THPVariable_Unpack(param.buf), row);
+      const at::Tensor& buf = THPVariable_Unpack(param.buf);
+      const auto dtype = wider(p, buf, momentum_dtype_);
+      if (!dtype) [[likely]]
+        return plan->take(p, param.grad, &buf, row);
+      if (const char* why = unwritable(buf)) return {"its momentum buffer", why};
+      made = widened(buf, *dtype);
+    } else {
+      if (!starts) return plan->take(p, param.grad, nullptr, row);
+      if (const char* why = unwritable(p)) return {"the parameter", why};
+      if (const char* why = unsupported(*param.grad)) return {"its gradient", why};
+      made = new_buffer(p, *param.grad, momentum_dtype_);
     }
-    if (!starts) return plan->take(p, param.grad, nullptr, row);
-    if (const char* why = unwritable(p)) return {"the parameter", why};
-    if (const char* why = unsupported(*param.grad)) return {"its gradient", why};
-    const c10::InferenceMode normal(false);
-    const at::Tensor buf = at::zeros_like(p);
-    const Refusal refusal = plan->take(p, param.grad, &buf, row);
-    if (!refusal) new_bufs_.push_back({param.object, buf, {}});
+    const Refusal refusal = plan->take(p, param.grad, &made, row);
+    if (!refusal) new_bufs_.push_back({param.object, made, {}});
     return refusal;
   }
 
@@ -288,6 +340,8 @@ class Walk {
   }
 
   Reader reader_;
+  py::object found_;  // statistics, see found_stats
+  MomentumDtype momentum_dtype_;
   Rows rows_;
   Plan on_cpu_{rows_, c10::Device(c10::kCPU)};
   std::vector<std::unique_ptr<Plan>> on_cuda_;
@@ -300,6 +354,7 @@ class Walk {
   std::deque<at::Tensor> grads_of_left_;
   Taker cpu_, cuda_;
   bool watched_ = false;  // by a TorchDispatchMode
+  bool averaged_ = false;
   bool held_ = false;     // whether everything is kept alive, so that Python code may run
 };
 

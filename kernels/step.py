@@ -162,6 +162,7 @@ def advance(groups, first_of_group, tensors, rows, started, grad_scale, found_in
     limit_kappa = tl.where(none, 0.0, tl.where(lr == 0, float("inf"), limit_kappa))
     limit_mu = tl.where(none, 0.0, tl.where(lr == 0, float("inf"), limit_mu))
 
+    limit_kappa = tl.where(first & (lr == 0) & (momentum != 0), 0.0, limit_kappa)
     kappa_running = keep * kappa + enter * weight_decay
     kappa_first = tl.where(plain, kappa_running, weight_decay)
     kappa_c = _clipped(tl.where(first, kappa_first, kappa_running), limit_kappa)

@@ -20,7 +20,7 @@ def snapshot(optimizer) -> list:
         for group in optimizer.param_groups
     ]
     tensors = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
-    tensors += [stat.clone() for group in optimizer.param_groups for stat, _ in group.get("norm_stats", [])]
+    tensors += [stat.find().clone() for stats in optimizer.norm_stats for stat in stats]
     tensors += [values["momentum_buffer"].clone() for values in optimizer.state.values()]
     return [copy.deepcopy(groups), *tensors]
 

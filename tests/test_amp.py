@@ -1,10 +1,13 @@
 """texp.SGD under a GradScaler."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 
+import texp
 from tests.conftest import same_bits
 from tests.states import assert_unchanged, param, snapshot
 
@@ -20,7 +23,7 @@ class TestGradScaler:
         expected_p, p = param(device=target.device), param(device=target.device)
         arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "dampening": 0.5}
         plain = target.sgd([expected_p], scale_invariant=scale_invariant, **arguments)
-        optimizer = target.sgd([p], scale_invariant=scale_invariant, **arguments)
+        optimizer = target.sgd([p], scale_invariant=scale_invariant, fused=True, **arguments)
         scaler = self.scaler(target.device)
         for t in range(6):
             optimizer.zero_grad()
@@ -40,11 +43,12 @@ class TestGradScaler:
             scaler.update()
         # Scales are powers of two: unscaling is exact.
         assert same_bits(p, expected_p)
+        plain.param_groups[0]["fused"] = True
         assert snapshot(optimizer)[0] == snapshot(plain)[0]
 
     def test_after_an_error_the_scale_is_not_applied_twice(self, target):
         p = param(device=target.device)
-        optimizer = target.sgd([p], lr=0.1)
+        optimizer = target.sgd([p], lr=0.1, fused=True)
         scaler = self.scaler(target.device)
         scaler.scale(p.sum()).backward()
         optimizer.param_groups[0]["lr"] = math.nan
@@ -79,3 +83,44 @@ class TestGradScaler:
         del optimizer.found_inf
         optimizer.step()
         assert optimizer.step_was_skipped is False
+
+
+class TestWithoutFused:
+    """As with torch.optim.SGD: a GradScaler unscales the gradients itself, and calls no step that it skips."""
+
+    @pytest.mark.parametrize("scale_invariant", [False, True])
+    def test_hooks_see_true_gradients(self, target, scale_invariant):
+        seen = []
+        for make in (torch.optim.SGD, target.sgd):
+            p = param(device=target.device)
+            optimizer = make([p], lr=0.1, momentum=0.9)
+            if scale_invariant and make is not torch.optim.SGD:
+                optimizer.param_groups[0]["scale_invariant"] = True
+
+            def clip(*_, p=p, seen=seen):
+                seen.append(torch.nn.utils.clip_grad_norm_(p, 1.0).item())
+
+            optimizer.register_step_pre_hook(clip)
+            scaler = torch.amp.GradScaler(target.device, init_scale=2.0**10)
+            for overflows in (False, True, False):
+                optimizer.zero_grad()
+                scaler.scale((p * 10).sum()).backward()
+                if overflows:
+                    p.grad[1] = math.inf
+                scaler.step(optimizer)
+                scaler.update()
+            seen += p.tolist()
+        assert seen[:5] == pytest.approx(seen[5:], rel=4e-16)  # two ulp: of two sums, Triton's interpreter fuses none
+        assert seen[0] == pytest.approx(10 * math.sqrt(3))
+
+    @pytest.mark.parametrize("fused", [None, False, True])
+    def test_what_asks_for_scaled_gradients(self, fused):
+        """An attribute, as torch.optim.SGD has it, that may be set and that copies keep."""
+        optimizer = texp.SGD([param()], lr=0.1, fused=fused)
+        assert optimizer._step_supports_amp_scaling is bool(fused)
+        for clone in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            assert clone._step_supports_amp_scaling is bool(fused)
+        optimizer._step_supports_amp_scaling = True
+        assert copy.deepcopy(optimizer)._step_supports_amp_scaling is True
+        optimizer.load_state_dict(texp.SGD([param()], lr=0.1).state_dict())
+        assert optimizer._step_supports_amp_scaling is True

@@ -146,7 +146,7 @@ def test_ordinary_parameters_beside_a_scale_invariant_group(target):
         for t in range(STEPS):
             backward(model, t)
             optimizer.step()
-    assert made[1][1].param_groups[1]["scale"] == 1
+    assert "scale" not in made[1][1].param_groups[1]
     made[1][1].fold()
     assert_same(made[1], made[0])
 
@@ -173,7 +173,7 @@ def test_there_and_back_in_the_middle_of_a_run(target, nesterov):
 
     recipe.train(model, optimizer, schedule, range(0, 50))
     optimizer, schedule = move(target.sgd)
-    assert optimizer.param_groups[0]["scale_invariant"] is False
+    assert optimizer.param_groups[0].keys() == torch.optim.SGD([torch.ones(1)]).param_groups[0].keys()
     recipe.train(model, optimizer, schedule, range(50, 70))
     optimizer.param_groups[0]["scale_invariant"] = True
     recipe.train(model, optimizer, schedule, range(70, 120))
@@ -209,9 +209,6 @@ def test_a_state_dict_of_torch_starts_an_exponential_run_at_any_step(target):
     group = actual[1].param_groups[0]
     assert group["scale_invariant"] is True
     assert (group["scale"], group["scale_exponent"], group["carried_decay"]) == (1.0, 0, 0.0)
-    # Loading shares the buffers with the state dict, as in torch: take them apart before both go on.
-    for values in actual[1].state.values():
-        values["momentum_buffer"] = values["momentum_buffer"].clone()
     recipe.train(*expected, range(100, 200))
     recipe.train(*actual, range(100, 200))
     actual[1].fold()

@@ -19,14 +19,15 @@ def backend(request) -> str:
     return request.param
 
 
-def test_grad_scaler(backend):
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler(backend, fused):
     """With overflows, the first step among them."""
     torch.manual_seed(0)
     model = nn.Linear(8, 4, device="cuda")
     twin = copy.deepcopy(model)
     arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     optimizers = (
-        texp.SGD(model.parameters(), backend=backend, **arguments),
+        texp.SGD(model.parameters(), backend=backend, fused=fused, **arguments),
         torch.optim.SGD(twin.parameters(), **arguments),
     )
     scales = []

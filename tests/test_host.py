@@ -92,7 +92,7 @@ def test_a_step_inside_the_check_of_another():
     p.grad, q.grad, inner_p.grad = torch.ones(3), torch.ones(3, dtype=torch.complex64), torch.ones(3)
     inner = texp.SGD([inner_p], lr=0.5)
     outer = texp.SGD([p, q], lr=0.5)
-    core.step(outer.param_groups, outer.state, 1.0, lambda left: inner.step())
+    core.step(outer.param_groups, outer.norm_stats, outer.state, 1.0, None, lambda left: inner.step())
     assert torch.equal(p.detach(), torch.full((3,), 0.5))
     assert torch.equal(inner_p.detach(), torch.full((3,), 0.5))
 
@@ -135,10 +135,10 @@ def test_hooks_see_and_replace_the_closure():
     optimizer = texp.SGD([p], lr=0.1)
     handle = optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: seen.append((args, kwargs)))
     optimizer.step()
-    optimizer.step(closure=float)
-    assert seen == [((optimizer,), {}), ((optimizer,), {"closure": float})]
+    optimizer.step(float)
+    assert seen == [((optimizer,), {}), ((optimizer, float), {})]
     handle.remove()
-    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: (args, {"closure": lambda: 7.0}))
+    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: ((optimizer, lambda: 7.0), kwargs))
     assert optimizer.step() == 7.0
     assert optimizer.step(float) == 7.0
 
@@ -231,7 +231,7 @@ def test_tensors_may_be_dropped_while_what_is_left_is_checked():
         optimizer.state.clear()
         optimizer.param_groups.clear()
 
-    core.step(optimizer.param_groups, optimizer.state, 1.0, drop)
+    core.step(optimizer.param_groups, optimizer.norm_stats, optimizer.state, 1.0, None, drop)
     # The step that was under way goes on with what it had.
     assert torch.allclose(p, torch.tensor(-1 - 1.9))
     assert torch.allclose(state[p]["momentum_buffer"], torch.tensor(1.9))

@@ -98,8 +98,9 @@ class TestTheInterfaceOfTorch:
         optimizer = target.sgd([param()], lr=0.1, momentum=0.9)
         optimizer.add_param_group({"params": [param()], "lr": 0.5, "scale_invariant": True})
         group = optimizer.param_groups[1]
-        assert (group["lr"], group["momentum"], group["scale"], group["norm_stats"]) == (0.5, 0.9, 1.0, [])
-        assert group["norm_stats"] is not optimizer.param_groups[0]["norm_stats"]
+        assert (group["lr"], group["momentum"], group["scale"]) == (0.5, 0.9, 1.0)
+        assert "scale" not in optimizer.param_groups[0]
+        assert optimizer.norm_stats == [[], []]
 
     def test_named_parameters(self, target):
         model = nn.Linear(2, 2)
@@ -121,7 +122,7 @@ class TestTheInterfaceOfTorch:
         schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1 / 3, 0.0, 10) for o in optimizers]
         for t in range(14):
             g = torch.full_like(p, math.cos(t))
-            p.grad, q.grad = g / ours.param_groups[0]["scale"], g
+            p.grad, q.grad = g / ours.param_groups[0].get("scale", 1.0), g
             for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
                 optimizer.step()
                 scheduler.step()
@@ -261,10 +262,6 @@ class TestDifferentiable:
         with pytest.raises(ValueError, match=r"group 0 of the state dict is scale_invariant.* fold\(\)"):
             texp.SGD([param()], differentiable=True).load_state_dict(saved)
 
-    def test_a_grad_scaler_unscales_for_it(self):
-        assert texp.SGD([param()], differentiable=True)._step_supports_amp_scaling is False
-        assert texp.SGD([param()])._step_supports_amp_scaling is True
-
 
 MISSING = [name for name, reason in texp.backends.available().items() if reason != texp.backends.OK]
 
@@ -301,7 +298,7 @@ class TestErrors:
         "scale": ({"scale": 2.5}, r"scale must be in \[1, 2\) .* got 2.5"),
         "carried decay": ({"carried_decay": -1.0}, "carried_decay must be .* got -1.0"),
         "scale exponent": ({"scale_exponent": math.inf}, "scale_exponent an integer, got 1.0 and inf"),
-        "norm_stats": ({"norm_stats": [torch.ones(3)]}, r"norm_stats must be a list of pairs"),
+        "norm_stats": ({"norm_stats": [torch.ones(3)]}, r"norm_stats must be a list of \(module, name, power\)"),
         "norm_stats, none": ({"norm_stats": None}, "norm_stats must be a list .* got None"),
         "norm_stats, power": ({"norm_stats": [(torch.ones(3), math.nan)]}, "norm_stats must be a list"),
         "norm_stats, text": ({"norm_stats": [(torch.ones(3), "2")]}, "norm_stats must be a list"),
@@ -346,14 +343,14 @@ class TestErrors:
     def test_capturable_later(self):
         p = param()
         optimizer = texp.SGD([p], lr=0.1)
-        optimizer.param_groups[0]["capturable"] = True
         p.grad = torch.ones_like(p)
+        optimizer.capturable = True
         with pytest.raises(RuntimeError, match="capturable=True was requested"):
             optimizer.step()
-        state_dict = optimizer.state_dict()
-        fresh = texp.SGD([p], lr=0.1)
-        fresh.load_state_dict(state_dict)
-        assert fresh.param_groups[0]["capturable"] is False
+        optimizer.capturable = False
+        optimizer.param_groups[0]["capturable"] = True  # as torch.compile writes it there, for any optimizer
+        optimizer.step()
+        assert torch.equal(p, param() - 0.1)
 
 
 def test_log10_lr_of_an_ordinary_group():

@@ -36,7 +36,7 @@ def test_low_precision_parameters_are_updated_in_every_element(target, dtype, si
 def test_an_overflow_on_the_very_first_step(target):
     """torch.optim.SGD(fused=True) then goes on with uninitialised momentum."""
     p = nn.Parameter(torch.ones(64, device=target.device))
-    optimizer = target.sgd([p], lr=0.1, momentum=0.9)
+    optimizer = target.sgd([p], lr=0.1, momentum=0.9, fused=True)
     scaler = torch.amp.GradScaler(target.device, init_scale=4.0)
     for factor in (torch.inf, 1.0):
         optimizer.zero_grad()

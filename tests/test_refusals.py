@@ -55,7 +55,6 @@ BAD = {
     "buffer, shape": (_buffer(torch.ones(4, dtype=torch.float64)), RuntimeError, "cannot have a momentum buffer"),
     "buffer, device": (_buffer(torch.ones(3, device="meta")), RuntimeError, "cannot have a momentum buffer"),
     "buffer, integers": (_buffer(torch.ones(3, dtype=torch.long)), RuntimeError, "cannot have a momentum buffer"),
-    "buffer, narrower": (_buffer(torch.ones(3)), RuntimeError, "cannot have a momentum buffer"),
     "state": (_state, (TypeError, AttributeError), "dict|list"),
     "scale": (_option(scale=0.0), ValueError, r"parameter group 1: scale must be in \[1, 2\)"),
     "scale, text": (_option(scale="two"), TypeError, "str"),
@@ -65,7 +64,7 @@ BAD = {
     "lr, text": (_option(lr="0.1"), (TypeError, ValueError), "float|str|number"),
     "momentum": (_option(momentum=-0.5), ValueError, "parameter group 1: momentum must be"),
     "step": (_option(momentum=1e308, carried_decay=1e10), ValueError, "group 1: a step with .* leaves the range"),
-    "norm_stats": (_option(norm_stats=((torch.ones(3), 1),)), ValueError, "group 1: norm_stats must be a list"),
+    "norm_stats": (_option(norm_stats={torch.ones(3): 1}), ValueError, "group 1: norm_stats must be a list"),
     "norm_stats, None": (_option(norm_stats=None), ValueError, "group 1: norm_stats must be a list"),
     "norm_stats, pair": (_option(norm_stats=[torch.ones(3)]), ValueError, "group 1: norm_stats must be a list"),
     "norm_stats, power": (

@@ -37,6 +37,8 @@ class TestSparse:
     @pytest.mark.parametrize("momentum", [0.0, 0.9])
     @pytest.mark.parametrize("nesterov", [False, True])
     def test_as_in_torch(self, general, momentum, nesterov):
+        """Momentum is coalesced here, so that a row that is given twice is summed before it is rounded into the
+        weights: 3 steps round at most 20 times, by at most half an ulp of numbers below 16."""
         tables = self.table(general.device), self.table(general.device)
         arguments = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov and momentum > 0}
         optimizers = general.sgd([tables[0]], **arguments), torch.optim.SGD([tables[1]], **arguments)
@@ -44,7 +46,9 @@ class TestSparse:
             for p, optimizer in zip(tables, optimizers, strict=True):
                 p.grad = self.grad(*rows).to(general.device)
                 optimizer.step()
-        assert torch.equal(*tables)
+        if momentum == 0:
+            assert torch.equal(*tables)
+        assert torch.allclose(*tables, rtol=0, atol=20 * 8 * torch.finfo(torch.float64).eps)
 
     def test_weight_decay_without_touching_rows_that_have_no_gradient(self, general):
         """The decay goes into P: a row without a gradient keeps its bits from step to step, except that the whole

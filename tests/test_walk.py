@@ -29,7 +29,8 @@ def numbers_and_groups() -> tuple[list[nn.Parameter], list[dict]]:
         param(6, dtype=torch.half),
     ]
     params += [nn.Parameter(torch.randn(8, 4)[:, 1:3]), nn.Parameter(torch.randn(9)[1:])]
-    stats = [(torch.ones(3), 1), (torch.ones(4, dtype=torch.float64), 2.0), (torch.ones(2), 0.5)]
+    tensors = torch.ones(3), torch.ones(4, dtype=torch.float64), torch.ones(2)
+    stats = [((lambda stat=stat: stat), power) for stat, power in zip(tensors, (1, 2.0, 0.5), strict=True)]
     groups = [
         {"params": params[:3], "momentum": 0.9, "weight_decay": 0.1},
         {"params": params[3:5], "momentum": 0.9, "weight_decay": 0.1, "scale_invariant": True, "norm_stats": stats},
@@ -69,7 +70,8 @@ def test_both_walks_ask_the_same_of_a_kernel():
         torch.manual_seed(0)
         optimizer = optimizer_in_mid_run()
         calls = []
-        assert not of.step(optimizer.param_groups, optimizer.state, 4.0, None, recorder(calls), False)
+        given = (optimizer.param_groups, optimizer.norm_stats, optimizer.state, 4.0, None)
+        assert not of.step(*given, None, recorder(calls), False)
         ((device, tensors, rows),) = calls
         told.append((device, decoded(tensors, rows), [scale_of(group) for group in optimizer.param_groups]))
     of_core, of_walk = told
@@ -90,8 +92,6 @@ def test_both_walks_on_a_device_make_the_same_tables(capturing):
     lr = torch.tensor(0.25)
     groups[0]["lr"], groups[1]["weight_decay"] = lr, torch.tensor(0.125, dtype=torch.float64)
     optimizer = texp.SGD(groups, lr=0.1)
-    for group in optimizer.param_groups:
-        group["capturable"] = True
     for p in params[:7] + params[8:]:
         p.grad = torch.ones_like(p)
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -103,8 +103,8 @@ def test_both_walks_on_a_device_make_the_same_tables(capturing):
     for of in (core, Walk()):
         calls = []
         on_device = of_groups.states, of_groups.started, of_groups.ticket
-        arguments = (optimizer.param_groups, optimizer.state, *on_device, None, None, capturing, recorder(calls))
-        why = of.step_on_device(*arguments)
+        given = (optimizer.param_groups, optimizer.norm_stats, optimizer.state, None)
+        why = of.step_on_device(*given, *on_device, None, None, capturing, recorder(calls))
         told.append((why, calls))
     assert told[0] == told[1]
     assert (told[0][0] is None) != capturing
@@ -130,7 +130,7 @@ EDITS = {
     ),
     "other weights": lambda p, o: setattr(p, "data", torch.ones(4, 3, dtype=torch.float64)),
     "transposed weights": lambda p, o: setattr(p, "data", torch.ones(3, 4, dtype=torch.float64).t()),
-    "statistics": lambda p, o: o.param_groups[0].update(norm_stats=[(torch.ones(2), 2)]),
+    "statistics": lambda p, o: o.param_groups[0].update(norm_stats=[(nn.BatchNorm1d(2), "running_var", 2)]),
     "no statistics": lambda p, o: o.param_groups[0].update(norm_stats=[]),
     "order": lambda p, o: o.param_groups.reverse(),
 }
@@ -154,7 +154,7 @@ def test_the_walk_in_python_sees_every_change(edits):
             EDITS[edit](params[which], optimizer)
             for _ in range(2):
                 optimizer.step()
-        stats = [stat for group in optimizer.param_groups for stat, _ in group["norm_stats"]]
+        stats = [stat.find() for stats in optimizer.norm_stats for stat in stats]
         bufs = [optimizer.state.get(p, {}).get("momentum_buffer") for p in params]
         runs.append(
             (params + stats + [b for b in bufs if b is not None], list(map(scale_of, optimizer.param_groups)))

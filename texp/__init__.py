@@ -1,9 +1,22 @@
 """texp: SGD with momentum in the exponential-learning-rate form of Li & Arora (ICLR 2020)."""
 
 from texp import backends, schedules, theory
+from texp.clipping import clip_grad_norm_
 from texp.equations import AuditError
 from texp.invariance import Audit, audit, param_groups
+from texp.norm_stats import NormStat
 from texp.optimizer import SGD
 
-__all__ = ["SGD", "Audit", "AuditError", "audit", "backends", "param_groups", "schedules", "theory"]
+__all__ = [
+    "SGD",
+    "Audit",
+    "AuditError",
+    "NormStat",
+    "audit",
+    "backends",
+    "clip_grad_norm_",
+    "param_groups",
+    "schedules",
+    "theory",
+]
 __version__ = "0.1.0"

@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from texp import native
+from texp import native, reference
+from texp.memory import that_share_memory
+from texp.reference import Entry
+from texp.theory import Row
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # in the order in which they are preferred
 
@@ -156,6 +159,15 @@ def kernels(name: str | None, gpus: Iterable[torch.device] = ()) -> Kernels:
     if for_gpus == "cuda":
         return Kernels(core_, cpu, True, scale_on="cuda")
     return Kernels(core_, cpu)
+
+
+def apply(kernels: Kernels, work: list[tuple[Row, Entry]]) -> None:
+    """Applies its row to each tensor, by those kernels, or in plain torch where they cannot take it."""
+    left = range(len(work)) if kernels.core is None else kernels.core.apply_rows(work, kernels.cpu, kernels.cuda)
+    work = [work[i] for i in left]
+    shared = that_share_memory(reference.written(entry for _, entry in work))
+    for row, entries in reference.in_batches(work, shared):
+        reference.apply(row, entries, shared=shared)
 
 
 def for_gpu(gpus: Iterable[torch.device] = ()) -> str:

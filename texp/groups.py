@@ -1,6 +1,9 @@
-"""What stands in a parameter group of texp.SGD beside the options of torch.optim.SGD, and what may stand there."""
+"""What stands in a parameter group of texp.SGD, and what may stand there. An ordinary group has the keys of
+torch.optim.SGD and no others; one in exponential form has `scale_invariant` and its scale besides, plain numbers all.
+"""
 
-import math
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 from texp import theory
 from texp.theory import Hyperparameters, Row, Scale
 
-# The scale of a group, as it stands in the group and in state dicts.
+# The scale of a group in exponential form, as it stands in the group and in state dicts.
 SCALE_KEYS = {"scale": 1.0, "scale_exponent": 0, "carried_decay": 0.0}
 
 # What groups saved by older versions of torch.optim.SGD may lack.
@@ -17,25 +20,65 @@ TORCH_DEFAULTS = {"nesterov": False, "maximize": False, "foreach": None, "differ
 
 
 def scale_of(group: dict[str, Any]) -> Scale:
-    return Scale(*(group[key] for key in SCALE_KEYS))
+    """Scale() where there is none, as in an ordinary group."""
+    return Scale(*(group.get(key, value) for key, value in SCALE_KEYS.items())) if "scale" in group else Scale()
 
 
 def set_scale(group: dict[str, Any], scale: Scale) -> None:
     group.update(zip(SCALE_KEYS, scale, strict=True))
 
 
+def set_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Gives a new group the keys that it is to have beside those of torch.optim.SGD: an ordinary one none."""
+    values = {**SCALE_KEYS, **defaults, **group}
+    group.pop("norm_stats", None)
+    if is_exponential(values):
+        group["scale_invariant"] = is_scale_invariant(values)
+        set_scale(group, scale_of(values))
+        return
+    # The flag says something only where the default is another.
+    for key in SCALE_KEYS if is_scale_invariant(defaults) else ("scale_invariant", *SCALE_KEYS):
+        group.pop(key, None)
+
+
 def is_exponential(group: dict[str, Any]) -> bool:
     """Whether its parameters are, or are about to be, anything but θ itself."""
     scale = scale_of(group)
-    return bool(group["scale_invariant"]) or (scale.P, scale.kappa) != (1.0, 0.0)
+    return is_scale_invariant(group) or (scale.P, scale.kappa) != (1.0, 0.0)
+
+
+def is_scale_invariant(group: dict[str, Any]) -> bool:
+    return bool(group.get("scale_invariant", False))
+
+
+def steps(group: dict[str, Any]) -> bool:
+    """Whether a step of the optimizer is one of this group. A group in exponential form of which this process holds
+    no parameter follows the others': its scale, and the statistics here, are to be the same everywhere.
+    """
+    params = group["params"]
+    return any(p.grad is not None for p in params) if params else is_exponential(group)
+
+
+def is_first(group: dict[str, Any], bufs: Iterable[Tensor | None]) -> bool:
+    """Whether no tensor of a group has a momentum buffer yet; where there are no tensors, its scale tells."""
+    return all(buf is None for buf in bufs) if group["params"] else scale_of(group) == Scale()
+
+
+def warn_of_averaging() -> None:
+    """Called after the step of a group in exponential form in which torch.optim.swa_utils.SWALR has left its LR."""
+    warnings.warn(
+        "the weights of a scale_invariant group are averaged, as torch.optim.swa_utils.SWALR tells, but they are Pθ "
+        "with a P that changes: average them inside `with optimizer.folded():`, where they are θ",
+        stacklevel=3,
+    )
 
 
 def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
     numbers = ("lr", "momentum", "dampening", "weight_decay")
-    flags = ("nesterov", "maximize", "scale_invariant")
     return Hyperparameters(
         **{key: number(key, group[key]) for key in numbers},
-        **{key: bool(group[key]) for key in flags},
+        **{key: bool(group[key]) for key in ("nesterov", "maximize")},
+        scale_invariant=is_scale_invariant(group),
     )
 
 
@@ -56,23 +99,10 @@ def check_scale(group: dict[str, Any]) -> None:
         raise ValueError(f"scale must be in [1, 2) and scale_exponent an integer, got {P} and {exponent}")
 
 
-def check_norm_stats(norm_stats: Any) -> None:
-    """Raises ValueError unless it is a list of pairs of a floating-point tensor and a finite number."""
-    for stat in norm_stats if isinstance(norm_stats, list) else [None]:
-        tensor, power = stat if isinstance(stat, tuple) and len(stat) == 2 else (None, None)
-        number = isinstance(power, (int, float)) and math.isfinite(power)
-        if not (isinstance(tensor, Tensor) and torch.is_floating_point(tensor) and number):
-            raise ValueError(
-                "norm_stats must be a list of pairs (floating-point tensor, finite power of the scale), got "
-                f"{norm_stats!r}"
-            )
-
-
 def check_step(index: int, group: dict[str, Any]) -> None:
-    """Raises ValueError where a step of the group `index` would start from a wrong scale or wrong norm_stats."""
+    """Raises ValueError where a step of the group `index` would start from a wrong scale."""
     try:
         check_scale(group)
-        check_norm_stats(group["norm_stats"])
     except ValueError as error:
         raise ValueError(f"parameter group {index}: {error}") from None
 
@@ -115,10 +145,9 @@ def prepare_loading(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
         if index >= len(optimizer.param_groups):
             continue  # torch has the error for this
         group = optimizer.param_groups[index]
-        if not SCALE_KEYS.keys() <= saved.keys():
-            saved.update(SCALE_KEYS, scale_invariant=group["scale_invariant"])
-        # The model's own, and how the step runs here, are not part of a run's state.
-        saved.update(norm_stats=AsIs(group["norm_stats"]), capturable=group["capturable"])
+        if "scale_invariant" not in saved and is_scale_invariant(group):
+            saved.update(SCALE_KEYS, scale_invariant=True)
+        saved.pop("norm_stats", None)
         check_scale(saved)
         if optimizer.defaults["differentiable"] and is_exponential(saved):
             raise ValueError(

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from texp.equations import FREE, AuditError, Bounds, Equations, largest, parts, scipy_optimize
+from texp.norm_stats import NormStat
 from texp.probe import Probe, no_trace, untouched
 
 PATIENCE = 8  # the rank has settled when it did not grow for so many inputs
@@ -182,8 +183,8 @@ def param_groups(
         model, *example_inputs, forward=forward, hold=no_decay, seed=seed, max_rows=max_rows, device=device,
         dtype=dtype, progress=progress,
     )  # fmt: skip
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    stats = [(tensors[name], power) for name, power in found.norm_stats]
+    tensors = dict(model.named_parameters())
+    stats = [_norm_stat(model, name, power) for name, power in found.norm_stats]
     placed = {name for name, _ in found.norm_stats}.union(found.invariant)
     rest = {name: p for name, p in model.named_parameters() if name not in placed}
     still = [name for name, p in rest.items() if no_decay is not None and no_decay(name, p)]
@@ -194,8 +195,8 @@ def param_groups(
             "scale_invariant": True,
             "norm_stats": stats,
         },
-        {**options, "params": [p for name, p in rest.items() if name not in still], "scale_invariant": False},
-        {**options, "params": [rest[n] for n in still], "scale_invariant": False, "weight_decay": 0.0},
+        {**options, "params": [p for name, p in rest.items() if name not in still]},
+        {**options, "params": [rest[n] for n in still], "weight_decay": 0.0},
     ]
     if not found.invariant:
         warnings.warn(
@@ -215,6 +216,12 @@ def param_groups(
             stacklevel=2,
         )
     return [group for group in groups if group["params"]]
+
+
+def _norm_stat(model: nn.Module, name: str, power: float) -> NormStat:
+    """By its module, where it is found wherever the model moves."""
+    path, _, last = name.rpartition(".")
+    return NormStat(model.get_submodule(path), last, power=power)
 
 
 def bias_or_norm(name: str, parameter: nn.Parameter) -> bool:

@@ -47,7 +47,8 @@ class OnDevice:
         for row, group, known in zip(self.states.cpu(), self.groups, self._known, strict=True):
             if groups.scale_of(group) == known:  # else somebody has set another one since
                 P, kappa = row[:2].tolist()
-                groups.set_scale(group, Scale(P, int(row.view(torch.int64)[2]), kappa))
+                if (scale := Scale(P, int(row.view(torch.int64)[2]), kappa)) != known:  # an ordinary group has none
+                    groups.set_scale(group, scale)
         self._known = [groups.scale_of(group) for group in self.groups]
         for p, started in zip(self.params, self.started.tolist(), strict=True):
             if not started and _has_buffer(state, p):
@@ -73,13 +74,14 @@ class OnDevice:
         for row, group, scale in zip(states, self.groups, self._known, strict=True):
             row[0], row[1] = scale.P, scale.kappa
             row.view(torch.int64)[2] = scale.exponent
-            row.view(torch.int64)[3] = any(_has_buffer(state, p) for p in group["params"])
+            bufs = [True if _has_buffer(state, p) else None for p in group["params"]]
+            row.view(torch.int64)[3] = not groups.is_first(group, bufs)
         started = [_has_buffer(state, p) for p in self.params]
         return states, torch.tensor(started, dtype=torch.uint8, device="cpu")
 
 
 def _layout(param_groups: list[dict[str, Any]]) -> list:
-    return [(id(group), bool(group["scale_invariant"]), *map(id, group["params"])) for group in param_groups]
+    return [(id(group), groups.is_scale_invariant(group), *map(id, group["params"])) for group in param_groups]
 
 
 def _has_buffer(state: dict[Tensor, Any], param: Tensor) -> bool:

@@ -2,19 +2,22 @@
 backends (tensors); which row applies to which tensor is in `texp.plan` and csrc/walk.h.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
-from texp import backends, groups, plan, reference, theory
+from texp import backends, folding, groups, norm_stats, plan, theory
+from texp.folding import Folded
+from texp.norm_stats import NormStat
 from texp.on_device import OnDevice
-from texp.reference import Entry
-from texp.theory import Row, Scale
 from texp.torch_internals import disable_dynamo, has_global_step_hooks
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class SGD(torch.optim.Optimizer):
@@ -34,7 +37,8 @@ class SGD(torch.optim.Optimizer):
         foreach: for the reference backend, whether to batch tensors; None, the default, where it pays.
         differentiable: let autograd see the step, which is then torch's own. Default False; not for
             scale-invariant groups.
-        fused: accepted for compatibility; native backends are fused in any case. Default None.
+        fused: True asks a GradScaler to leave the gradients scaled, as torch's own fused step does: the step unscales
+            them while it reads them, and waits for nothing. Native backends are fused in any case. Default None.
         scale_invariant: the loss must not change when all parameters of the group are multiplied by the same
             number c > 0. Their weight decay is then traded for a growing LR. Default False; usually set per
             group.
@@ -44,7 +48,10 @@ class SGD(torch.optim.Optimizer):
             tensors on the CPU, slowly.
         capturable: keep P and κ on the GPU, so that a step captured in a graph replays the schedule.
             Hyperparameters may then be float32 or float64 tensors on the device; others are those of the
-            capture. Take a step before each capture. Needs "cuda" or "triton"; default False.
+            capture. Take a step before each capture. Needs "cuda" or "triton"; default False. An option of the whole
+            optimizer, not of a group.
+        momentum_dtype: the dtype of momentum buffers, such as float32 for weights in bfloat16, or bfloat16 for
+            weights in float32. None, the default: that to which parameter and gradient are promoted together.
 
     In a scale-invariant group the parameters hold Pθ, where θ are the weights that torch.optim.SGD would hold,
     and the momentum buffers (v − κθ)/P; `group["scale"]` is P, kept in [1, 2), `group["carried_decay"]` is κ.
@@ -52,18 +59,20 @@ class SGD(torch.optim.Optimizer):
     scale-invariant at any step (set ``group["scale_invariant"] = True``), and an ordinary one again by
     :meth:`fold` and setting it to False.
 
-    ``group["norm_stats"]``, a list of pairs (tensor, power), holds running statistics that grow with the weights:
-    where the input of a BatchNorm grows as P^d, its running mean with power d and its running variance with 2·d.
-    Each step multiplies them by the change of P^power. Give them after the model is on its device and in its
-    dtype: ``model.to`` replaces its buffers.
+    ``"norm_stats"`` of a group that is given, or is there already, holds running statistics that grow with the
+    weights: where the input of a BatchNorm grows as P^d, its running mean with power d and its running variance with
+    2·d. Each step multiplies them by the change of P^power. They are (module, "running_mean", power), or (function,
+    power) with a function that returns the tensor, and are found anew at each step, wherever the model has moved; or
+    (tensor, power), which holds until the model replaces it. The optimizer takes them out of the group and keeps
+    them in :attr:`norm_stats`, a list for each group.
 
     On GPUs, P and κ are on the device while steps are captured with capturable=True or may be skipped by a
     GradScaler, and what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr` and
     :meth:`state_dict`.
 
-    A step modifies in place: parameters, momentum buffers, norm_stats. It never writes to a gradient. Under a
-    GradScaler it unscales the gradients while reading them; where the scaler found an inf or a NaN, nothing at
-    all is changed and :attr:`step_was_skipped` is True.
+    A step modifies in place: parameters, momentum buffers, norm_stats. It never writes to a gradient. With fused=True
+    a step under a GradScaler unscales the gradients while reading them; where the scaler found an inf or a NaN,
+    nothing at all is changed and :attr:`step_was_skipped` is True.
 
     The first optimizer for which there is no C++ core yet builds it (texp.native), once for this torch and Python.
 
@@ -77,6 +86,8 @@ class SGD(torch.optim.Optimizer):
     other, by the reference backend.
     """
 
+    # torch.compile leaves a constructor whole: where it stopped within one, attributes would be lost.
+    @disable_dynamo
     def __init__(
         self,
         params,
@@ -93,6 +104,7 @@ class SGD(torch.optim.Optimizer):
         scale_invariant: bool = False,
         backend: str | None = None,
         capturable: bool = False,
+        momentum_dtype: torch.dtype | None = None,
     ) -> None:
         # The errors of torch.optim.SGD, in its order and words; NaN and infinity, which it lets pass, are refused.
         if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -112,24 +124,34 @@ class SGD(torch.optim.Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if differentiable and backend not in (None, "reference"):
             raise RuntimeError(f"backend={backend!r} was requested, but a differentiable step is torch's own")
+        if momentum_dtype not in (None, *_FLOATING):
+            raise ValueError(f"momentum_dtype must be None or one of {_FLOATING}, got {momentum_dtype!r}")
         self._backend = backend
+        self.capturable = capturable
+        self.momentum_dtype = momentum_dtype
+        self.norm_stats: list[list[NormStat]] = []
+        self._step_supports_amp_scaling = bool(fused)  # torch's name: whether a GradScaler leaves gradients scaled
+        self._set_unfolded()
         self._find_kernels()
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-                "maximize": maximize,
-                "foreach": foreach,
-                "differentiable": differentiable,
-                "fused": fused,
-                "scale_invariant": scale_invariant,
-                "capturable": capturable,
-            },
-        )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, {**defaults, "scale_invariant": True} if scale_invariant else defaults)
+
+    def _set_unfolded(self) -> None:
+        self._folded: Folded | None = None  # what the exponential form was, while θ is held
+        self._contexts = 0  # `with optimizer.folded()` that have not ended
+        self._evaluating = False  # between eval() and train()
+        self._given: dict[int, tuple] = {}  # what groups in exponential form were given
+        self._zero: Callable[[], Any] | None = None  # the ZeroRedundancyOptimizer around this, once it was looked for
 
     def _find_kernels(self, more_params: Iterable[Tensor] = ()) -> None:
         params = [p for group in self.__dict__.get("param_groups", ()) for p in group["params"]]
@@ -148,40 +170,40 @@ class SGD(torch.optim.Optimizer):
         """
         return bool(self._skipped)
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Asks a GradScaler for `grad_scale` and `found_inf` instead of unscaled gradients."""
-        return not self.defaults["differentiable"]
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; see torch.optim.Optimizer.add_param_group.
 
         Raises ValueError for hyperparameters that texp.SGD itself would refuse; the optimizer is then unchanged.
         """
         if isinstance(param_group, dict):
-            values = {**self.defaults, **groups.SCALE_KEYS, "norm_stats": [], **param_group}
+            values = {**groups.SCALE_KEYS, **self.defaults, **param_group}
             hyper = groups.hyperparameters(values).check()
             theory.check_non_negative(lr=hyper.lr)
             groups.check_scale(values)
-            groups.check_norm_stats(values["norm_stats"])
-            if values["scale_invariant"] and self.defaults["differentiable"]:
+            stats = norm_stats.parsed(values.get("norm_stats", []))
+            exponential = groups.is_exponential(values)
+            if exponential and self.defaults["differentiable"]:
                 raise ValueError("a scale_invariant group cannot be differentiable: its scale is not on the tape")
             params = param_group["params"]
             if not isinstance(params, (Tensor, set)):
                 params = param_group["params"] = list(params)  # may be a generator
                 once = {id(p) for p in _tensors(params)}
-                if len(once) < len(params) and values["scale_invariant"]:
+                if len(once) < len(params) and exponential:
                     raise ValueError(
                         "a scale_invariant group holds a parameter twice: its scale would be applied twice"
                     )
             if self._backend is None and not _gpus(_tensors(params)) <= self._gpus:
                 self._leave_device()
                 self._find_kernels(_tensors(params))
-            if values["capturable"] and self._kernels.scale_on is None:
+            if self.capturable and self._kernels.scale_on is None:
                 backends.refuse_capturable()
-            param_group.update({key: values[key] for key in (*groups.SCALE_KEYS, "norm_stats")})
+            groups.set_keys(param_group, self.defaults)
+            del self.norm_stats[len(self.param_groups) :]
+            self.norm_stats.append(stats)
         self._leave_device()
         super().add_param_group(param_group)
+        if groups.is_exponential(param_group):
+            self._given[len(self.param_groups) - 1] = folding.given(param_group["params"])
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step.
@@ -191,16 +213,17 @@ class SGD(torch.optim.Optimizer):
 
         Returns what the closure returned, or None.
         """
-        given = {} if closure is None else {"closure": closure}
-        return (self._untraced_step if torch.compiler.is_compiling() else self._hooked_step)(given)
+        return (self._untraced_step if torch.compiler.is_compiling() else self._hooked_step)(closure)
 
     step.hooked = True  # tells torch that step() itself sees to the hooks
 
-    def _hooked_step(self, given: dict[str, Any]) -> Any:
+    def _hooked_step(self, closure: Callable[[], Any] | None) -> Any:
         try:
             # What torch wraps around a step, hooks and a record for the profiler, costs as much as a step of a small
             # model: it is left out where nobody looks.
-            return self._observed_step(**given) if self._is_observed(given) else self._step(**given)
+            if not self._is_observed():
+                return self._step(closure)
+            return self._observed_step() if closure is None else self._observed_step(closure)
         except BaseException:
             # A GradScaler would take them away after the step; left here they would go into the next one.
             for name in ("grad_scale", "found_inf"):
@@ -210,12 +233,11 @@ class SGD(torch.optim.Optimizer):
     # There is nothing in a step for torch.compile to fuse: it is one pass already, or plain torch.
     _untraced_step = disable_dynamo(_hooked_step)
 
-    def _is_observed(self, given: dict[str, Any]) -> bool:
+    def _is_observed(self) -> bool:
         if type(self).step is not SGD.step:
             return False  # torch has wrapped the step of a subclass, which called this one
         return bool(
-            given
-            or self._kernels.core is None
+            self._kernels.core is None
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or has_global_step_hooks()
@@ -227,9 +249,13 @@ class SGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._folded is not None:
+            self._forget_folded()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._kernels.scale_on and self._step_on_device(scale, found_inf):
             return loss
+        if self.capturable:
+            backends.refuse_capturable()
         self._leave_device()
         self._skipped = found_inf is not None and bool(found_inf)
         if self._skipped:
@@ -242,11 +268,14 @@ class SGD(torch.optim.Optimizer):
             self._differentiable_step()
         elif core is None or (cuda and torch.cuda.is_current_stream_capturing()):
             # What the host computes is in a graph for ever: for ordinary groups that is torch's own step.
-            plan.step(self.param_groups, self.state, grad_scale)
+            stats = norm_stats.found(self.param_groups, self.norm_stats)
+            plan.step(self.param_groups, stats, self.state, grad_scale, self.momentum_dtype)
             self._find_kernels_if_moved(p for group in self.param_groups for p in group["params"])
         else:
-            rest = plan.Rest(self._backend, self.param_groups, self.state)
-            if core.step(self.param_groups, self.state, grad_scale, rest.check, cpu, cuda):
+            rest = plan.Rest(self._backend, self.param_groups, self.state, self.momentum_dtype)
+            if core.step(
+                self.param_groups, self.norm_stats, self.state, grad_scale, self.momentum_dtype, rest.check, cpu, cuda
+            ):
                 rest.do()
                 self._find_kernels_if_moved(entry.param for _, entry in rest.work)
         return loss
@@ -261,7 +290,7 @@ class SGD(torch.optim.Optimizer):
         skipped, or is captured in a graph. Returns whether it did.
         """
         device_type, launcher = self._kernels.scale_on, self._kernels.launcher
-        capturable = any(group["capturable"] for group in self.param_groups)
+        capturable = self.capturable
         capturing = device_type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing and not capturable and self._backend is not None:
             raise RuntimeError("a step can be captured with capturable=True; this one would be computed by the host")
@@ -295,7 +324,17 @@ class SGD(torch.optim.Optimizer):
                 capturable=capturable,
             )
             why = self._kernels.core.step_on_device(
-                self.param_groups, self.state, of.states, of.started, of.ticket, scale, found_inf, capturing, kernel
+                self.param_groups,
+                self.norm_stats,
+                self.state,
+                self.momentum_dtype,
+                of.states,
+                of.started,
+                of.ticket,
+                scale,
+                found_inf,
+                capturing,
+                kernel,
             )
         if why is None:
             self._skipped = False if found_inf is None else found_inf
@@ -344,21 +383,64 @@ class SGD(torch.optim.Optimizer):
     def fold(self) -> None:
         """Turns every scale-invariant group into the weights θ and momentum v that torch.optim.SGD would hold.
 
-        Parameters, momentum buffers and norm_stats are modified in place (one rounding each); the scale starts
-        again at P = 1, κ = 0. Training can go on, in the same form or as an ordinary group.
+        Parameters, their gradients, momentum buffers and norm_stats are modified in place (one rounding each); the
+        scale starts again at P = 1, κ = 0. Training can go on, in the same form or as an ordinary group. Under
+        ZeroRedundancyOptimizer, all processes must call it.
+
+        Raises RuntimeError, and changes nothing, where a parameter that a scale-invariant group was given is no
+        longer in it: a wrapper, such as DeepSpeed's ZeRO, steps copies of the weights.
         """
         self._read_back()
-        for group in self.param_groups:
-            scale = groups.scale_of(group)
-            groups.check_norm_stats(group["norm_stats"])
-            if (scale.P, scale.kappa) != (1.0, 0.0):
-                entries = [Entry(p, buf=plan.buf_of(self.state, p)) for p in group["params"]]
-                reference.apply(theory.fold_row(scale), entries, foreach=group["foreach"])
-                for stat, power in group["norm_stats"]:
-                    reference.apply(Row(s_p=scale.P**-power), [Entry(stat)])
-            groups.set_scale(group, Scale())
-        if self._device is not None:
-            self._device.write(self.state)
+        folding.fold(self)
+        self._forget_folded()
+
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        """``with optimizer.folded():`` holds θ and v, as :meth:`fold` makes them, for whatever reads or writes
+        absolute sizes: to export or average weights, to clip weights or gradients by them, to reset momentum, to roll
+        back. Gradients are then those at θ.
+
+        Afterwards, also after an exception, the exponential form is back: bit for bit where nothing was changed, and
+        that of the new θ and v elsewhere. It needs a copy of the scale-invariant groups and of their momentum
+        meanwhile. It may be nested. A step inside, or a state dict that is loaded, goes on from θ, and nothing is
+        given back. Raises as :meth:`fold` does.
+        """
+        self._enter_folded()
+        self._contexts += 1
+        try:
+            yield
+        finally:
+            self._contexts -= 1
+            self._leave_folded()
+
+    def eval(self) -> None:
+        """As entering :meth:`folded`, until :meth:`train`: the weights are θ, for evaluation and export. Several
+        frameworks call both where an optimizer has them.
+        """
+        self._enter_folded()
+        self._evaluating = True
+
+    def train(self) -> None:
+        """Ends what :meth:`eval` has begun; nothing otherwise."""
+        self._evaluating = False
+        self._leave_folded()
+
+    @torch.no_grad()
+    def _enter_folded(self) -> None:
+        if self._folded is None:
+            self._read_back()
+            self._folded = Folded(self)
+
+    @torch.no_grad()
+    def _leave_folded(self) -> None:
+        if self._folded is not None and not self._contexts and not self._evaluating:
+            folded, self._folded = self._folded, None
+            folded.restore()
+
+    def _forget_folded(self) -> None:
+        """What folded() or eval() would give back is not to come back: the optimizer has gone on from θ."""
+        self._folded = None
+        self._evaluating = False
 
     def log10_lr(self) -> list[float]:
         """log10 of the paper's learning rate η̃ of the next step, one float a group (η̃ itself leaves the range
@@ -369,28 +451,33 @@ class SGD(torch.optim.Optimizer):
             theory.log10_lr(
                 groups.scale_of(group),
                 groups.hyperparameters(group),
-                first=plan.all_first([Entry(p, buf=plan.buf_of(self.state, p)) for p in group["params"]]),
+                first=groups.is_first(group, [plan.buf_of(self.state, p) for p in group["params"]]),
             )
             for group in self.param_groups
         ]
 
+    def intrinsic_scales(self) -> list[float | Tensor]:
+        """P of each group, by which a gradient is to be multiplied to be that at θ; 1.0 for an ordinary group. Where
+        P is on a device it is a float64 tensor there, and nothing waits.
+        """
+        if self._device is not None and self._device.is_of(self.param_groups, self._device.states.device):
+            return list(self._device.states[:, 0].clone())
+        return [groups.scale_of(group).P for group in self.param_groups]
+
     def state_dict(self) -> dict[str, Any]:
-        """As any torch optimizer's, with P and κ among the groups' options; norm_stats belong to the model and
-        are left out. torch.optim.SGD can load it after :meth:`fold`.
+        """As any torch optimizer's, with P and κ among the options of groups in exponential form; norm_stats belong
+        to the model and are not in it. torch.optim.SGD can load it after :meth:`fold`, or inside :meth:`folded`.
         """
         self._read_back()
-        state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            group["norm_stats"] = None  # the key stays: flattened checkpoints are read back key by key
-        return state_dict
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a texp.SGD or of a torch.optim.SGD, at any step of a run.
 
         As in torch, the groups' options are replaced by those that were saved, here `scale_invariant` and the
-        scale among them. Momentum buffers keep the dtype in which they were saved, where the parameter's is not
-        wider. A state dict of torch.optim.SGD (that did not itself load one of texp.SGD) leaves `scale_invariant` as
-        it is and starts at P = 1, κ = 0. The groups' norm_stats and `capturable` are never replaced.
+        scale among them. Momentum buffers are copied, into `momentum_dtype` or else in the dtype in which they were
+        saved, where the parameter's is not wider. Options of an ordinary group, as torch.optim.SGD saves them, leave
+        `scale_invariant` as it is and start at P = 1, κ = 0. norm_stats are not part of it.
 
         Raises ValueError where groups, shapes or scales do not fit; the optimizer is then unchanged.
         """
@@ -404,21 +491,25 @@ class SGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._read_back()
-        return {**super().__getstate__(), "_backend": self._backend}
+        own = ("_backend", "_step_supports_amp_scaling", "capturable", "momentum_dtype", "norm_stats")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called when unpickled, and by torch's load_state_dict."""
         super().__setstate__(state)
+        if "_folded" not in self.__dict__:
+            self._set_unfolded()
         self._find_kernels()
-        for group in self.param_groups:
-            for key, value in (*groups.TORCH_DEFAULTS.items(), *groups.SCALE_KEYS.items()):
+        self._forget_folded()
+        for index, group in enumerate(self.param_groups):
+            for key, value in groups.TORCH_DEFAULTS.items():
                 group.setdefault(key, value)
-            if isinstance(group["norm_stats"], groups.AsIs):
-                group["norm_stats"] = group["norm_stats"].value
+            if index not in self._given and groups.is_exponential(group):
+                self._given[index] = folding.given(group["params"])
         for param, values in self.state.items():
             if isinstance(buf := values.get("momentum_buffer"), groups.AsIs):
-                dtype = torch.promote_types(buf.value.dtype, param.dtype)
-                values["momentum_buffer"] = buf.value.to(param.device, dtype)
+                dtype = plan.buffer_dtype(param, buf.value, self.momentum_dtype)
+                values["momentum_buffer"] = buf.value.to(param.device, dtype, copy=True)
 
 
 def _tensors(params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor]:

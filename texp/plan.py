@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from texp import backends, groups, reference, theory
+from texp import groups, reference, theory
 from texp.memory import that_share_memory
+from texp.norm_stats import Found
 from texp.reference import Entry
 from texp.theory import KEEP, Hyperparameters, Row, Step
+from texp.torch_internals import check_for_fused
 
 
 class Plan(NamedTuple):
@@ -28,7 +30,10 @@ class Plan(NamedTuple):
         """Keeps what the group needs for its next step."""
         for param, buf in self.new_bufs:
             state[param]["momentum_buffer"] = buf
-        groups.set_scale(self.group, self.step.scale)
+        if groups.is_exponential(self.group):
+            groups.set_scale(self.group, self.step.scale)
+            if "swa_lr" in self.group:
+                groups.warn_of_averaging()
 
 
 def row_of(step: Step, kind: str | float) -> Row:
@@ -40,55 +45,76 @@ def changes_nothing(row: Row) -> bool:
     return row in (KEEP, Row())
 
 
-def step(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad_scale: float) -> None:
+def step(
+    param_groups: list[dict[str, Any]],
+    stats: Found,
+    state: dict[Tensor, Any],
+    grad_scale: float,
+    momentum_dtype: torch.dtype | None,
+) -> None:
     """One step of all groups by `texp.reference`; modifies parameters, momentum buffers, norm_stats and scales.
 
     All of it is planned before any of it is done: an error leaves everything as it was.
     """
-    for plan in of_groups(param_groups, state, grad_scale):
+    for plan in of_groups(param_groups, stats, state, grad_scale, momentum_dtype):
         for kind, entries in plan.work.items():
             if not changes_nothing(row := row_of(plan.step, kind)):
                 reference.apply(row, entries, foreach=plan.group["foreach"])
         plan.finish(state)
 
 
-def of_groups(param_groups: list[dict[str, Any]], state: dict[Tensor, Any], grad_scale: float) -> list[Plan]:
+def of_groups(
+    param_groups: list[dict[str, Any]],
+    stats: Found,
+    state: dict[Tensor, Any],
+    grad_scale: float,
+    momentum_dtype: torch.dtype | None,
+) -> list[Plan]:
     """Plans a step of the groups that take part in it; raises where one of them cannot, and changes nothing."""
     return [
-        _of_group(index, group, state, grad_scale)
+        _of_group(index, group, stats[index], state, grad_scale, momentum_dtype)
         for index, group in enumerate(param_groups)
-        if any(p.grad is not None for p in group["params"])
+        if groups.steps(group)
     ]
 
 
-def _of_group(index: int, group: dict[str, Any], state: dict[Tensor, Any], grad_scale: float) -> Plan:
+def _of_group(
+    index: int,
+    group: dict[str, Any],
+    stats: list[tuple[Tensor, float]],
+    state: dict[Tensor, Any],
+    grad_scale: float,
+    momentum_dtype: torch.dtype | None,
+) -> Plan:
     _refuse_capture(index, group)
     entries = [Entry(p, p.grad) for p in group["params"]]
     if groups.number("momentum", group["momentum"]) != 0 or groups.is_exponential(group):  # else they are not touched
         entries = [entry._replace(buf=buf_of(state, entry.param)) for entry in entries]
-    hyper, step = advance(index, group, all_first(entries), grad_scale)
-    plan = Plan(index, group, step, all_first(entries), {}, [])
+    first = groups.is_first(group, [entry.buf for entry in entries])
+    hyper, step = advance(index, group, first, grad_scale)
+    plan = Plan(index, group, step, first, {}, [])
     for entry in entries:
         if entry.grad is None:
             kind = "idle"
         elif entry.buf is None and hyper.momentum != 0:
             kind = "first"
-            entry = with_buf(entry)
+            entry = with_buf(entry, momentum_dtype)
             plan.new_bufs.append((entry.param, entry.buf))
         else:
             kind = "running"
+        _check_fused(group, entry)
         _check_tensors(index, row_of(step, kind), entry)
         _check_sparse(index, hyper, row_of(step, kind), entry)
+        if entry.buf is not None and kind != "first":
+            entry = widened(entry, momentum_dtype, plan.new_bufs)
         plan.work.setdefault(kind, []).append(entry)
-    for stat, power in group["norm_stats"]:
+    for stat, power in stats:
         plan.work.setdefault(float(power), []).append(Entry(stat))
     return plan
 
 
 def advance(index: int, group: dict[str, Any], first: bool, grad_scale: float) -> tuple[Hyperparameters, Step]:
     """What theory.advance says of a group, whose number stands in the errors."""
-    if group["capturable"]:
-        backends.refuse_capturable()
     groups.check_step(index, group)
     hyper = groups.hyperparameters(group)
     try:
@@ -103,12 +129,20 @@ class Rest:
 
     Args:
         named: the backend that was asked for by name, or None; a named one leaves no parameter to others.
+        momentum_dtype: that of the optimizer.
     """
 
-    def __init__(self, named: str | None, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+    def __init__(
+        self,
+        named: str | None,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        momentum_dtype: torch.dtype | None,
+    ) -> None:
         self.named = named
         self.param_groups = param_groups
         self.state = state
+        self.momentum_dtype = momentum_dtype
         self.work: list[tuple[tuple[bool | None, Row], Entry]] = []  # with `foreach` and row
         self.new_bufs: list[tuple[Tensor, Tensor]] = []
 
@@ -116,6 +150,7 @@ class Rest:
         for index, why, row, param, grad, buf, starts in left:
             group, row, entry = self.param_groups[index], Row(*row), Entry(param, grad, buf)
             _refuse_capture(index, group)
+            _check_fused(group, entry)
             _check_tensors(index, row, entry)
             if self.named is not None and why is not None:  # a tensor of norm_stats is left without a reason
                 raise RuntimeError(
@@ -124,8 +159,10 @@ class Rest:
                 )
             _check_sparse(index, groups.hyperparameters(group), row, entry)
             if starts:
-                entry = with_buf(entry)
+                entry = with_buf(entry, self.momentum_dtype)
                 self.new_bufs.append((entry.param, entry.buf))
+            elif buf is not None:
+                entry = widened(entry, self.momentum_dtype, self.new_bufs)
             self.work.append(((group["foreach"], row), entry))
 
     def do(self) -> None:
@@ -154,7 +191,8 @@ def _check_tensors(index: int, row: Row, entry: Entry) -> None:
     if buf is not None:
         would_densify = buf.layout != torch.strided and grad is not None and grad.layout == torch.strided
         fits = buf.shape == param.shape and buf.device == param.device and not would_densify
-        if not fits or torch.promote_types(buf.dtype, param.dtype) != buf.dtype:
+        is_number = buf.is_complex() if param.is_complex() else buf.is_floating_point()
+        if not fits or not is_number:
             raise RuntimeError(
                 f"{where}, {param.dtype}, on {param.device} cannot have a momentum buffer of shape "
                 f"{tuple(buf.shape)}, {buf.dtype}, {buf.layout}, on {buf.device}"
@@ -187,17 +225,48 @@ def _check_sparse(index: int, hyper: Hyperparameters, row: Row, entry: Entry) ->
         groups.check_sparse(index, hyper, row)
 
 
-def with_buf(entry: Entry) -> Entry:
+def _check_fused(group: dict[str, Any], entry: Entry) -> None:
+    """Raises what torch does with fused=True for tensors that its fused step does not take; its kernels and those
+    here take a DTensor's neither, but that is no reason to refuse one.
+    """
+    if not group["fused"] or entry.grad is None:
+        return
+    check_for_fused(entry.param)
+    if entry.grad.is_sparse:
+        raise RuntimeError("`_fused_sgd` does not support sparse gradients")
+
+
+def buffer_dtype(param: Tensor, other: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
+    """That of the momentum buffer of a parameter.
+
+    Args:
+        other: its gradient, or a buffer that there is already.
+        momentum_dtype: what was asked for.
+    """
+    if momentum_dtype is None:
+        return torch.promote_types(param.dtype, other.dtype)
+    return momentum_dtype.to_complex() if param.is_complex() else momentum_dtype
+
+
+def with_buf(entry: Entry, momentum_dtype: torch.dtype | None) -> Entry:
     """With a momentum buffer of zeros, dense or sparse as the gradient is."""
     dense = entry.grad.layout == torch.strided
+    dtype = buffer_dtype(entry.param, entry.grad, momentum_dtype)
     with torch.inference_mode(False):  # for later steps outside of it
-        return entry._replace(buf=torch.zeros_like(entry.param if dense else entry.grad))
+        return entry._replace(buf=torch.zeros_like(entry.param if dense else entry.grad, dtype=dtype))
 
 
-def all_first(entries: Iterable[Entry]) -> bool:
-    """Whether no tensor of a group has a momentum buffer yet."""
-    return all(entry.buf is None for entry in entries)
+def widened(entry: Entry, momentum_dtype: torch.dtype | None, new_bufs: list[tuple[Tensor, Tensor]]) -> Entry:
+    """With a wider momentum buffer where there is one narrower than it is to be, as after model.float()."""
+    dtype = torch.promote_types(entry.buf.dtype, buffer_dtype(entry.param, entry.param, momentum_dtype))
+    if entry.buf.dtype == dtype or not (entry.buf.is_floating_point() or entry.buf.is_complex()):
+        return entry
+    with torch.inference_mode(False):
+        entry = entry._replace(buf=entry.buf.to(dtype))
+    new_bufs.append((entry.param, entry.buf))
+    return entry
 
 
 def buf_of(state: dict[Tensor, Any], param: Tensor) -> Tensor | None:
-    return state[param].get("momentum_buffer") if param in state else None
+    values = state.get(param)
+    return None if values is None else values.get("momentum_buffer")

@@ -124,7 +124,8 @@ def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_s
     Put p = Pθ, b = (v − κθ)/P and the gradient at p, which is g/P, into that. The share κc of the momentum
     and μc of the update that lie along θ go into the scale, whatever exceeds the `_limits` stays as a_p and c_p.
     An ordinary group is one whose limits are 0. Inside the theorem's range, where α ≥ 1/2, a scale-invariant
-    group has a_p = c_p = 0: no weight decay at all, only a growing learning rate.
+    group has a_p = c_p = 0: no weight decay at all, only a growing learning rate. A first step
+    with lr = 0 leaves κ at 0: torch.distributed.checkpoint takes one to make the buffers into which it then loads v.
     """
     hyper.check()
     lr, momentum, weight_decay = hyper.lr, hyper.momentum, hyper.weight_decay
@@ -137,6 +138,8 @@ def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_s
         keep, enter, direct, through = momentum, 1 - hyper.dampening, 0.0, 1.0
 
     kappa_limit, mu_limit = _limits(hyper)
+    if first and lr == 0 and momentum != 0:
+        kappa_limit = 0.0
     kappa_running = keep * kappa + enter * weight_decay
     kappa_first = kappa_running if momentum == 0 else weight_decay
     kappa_c = _clip(kappa_first if first else kappa_running, kappa_limit)
@@ -179,6 +182,11 @@ def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_s
 def fold_row(scale: Scale) -> Row:
     """The row that turns the stored p and b back into θ and v, after which the scale is Scale()."""
     return Row(a_b=scale.P, a_p=scale.kappa / scale.P, s_p=1 / scale.P, r_u=1.0)
+
+
+def unfold_row(scale: Scale) -> Row:
+    """The row that turns θ and v into the p and b that are stored at `scale`."""
+    return Row(a_b=1.0, a_p=-scale.kappa, s_p=scale.P, r_u=1 / scale.P)
 
 
 def log10_lr(scale: Scale, hyper: Hyperparameters, *, first: bool = False) -> float:

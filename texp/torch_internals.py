@@ -28,6 +28,19 @@ def has_global_step_hooks() -> bool:
 disable_dynamo = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
 """As torch.compiler.disable, which takes seconds to import what it needs."""
 
+try:
+    from torch.optim.optimizer import _device_dtype_check_for_fused as check_for_fused
+except ImportError:
+
+    def check_for_fused(param: Tensor) -> None:
+        """Raises for a parameter that torch's fused step does not take, in its words where they are to be had."""
+        if param.is_meta or not param.is_floating_point():
+            raise RuntimeError(
+                "`fused=True` requires all the params to be floating point Tensors of supported devices, but "
+                f"{param.dtype} and {param.device.type}"
+            )
+
+
 is_zero_tensor: Callable[[Tensor], bool] = getattr(torch, "_is_zerotensor", lambda x: False)
 """Whether a tensor is one of zeros without memory, as forward-mode autograd makes them."""
 

@@ -8,19 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from texp import groups, plan, tables
+from texp import groups, norm_stats, plan, tables
 from texp.memory import that_share_memory
+from texp.norm_stats import Found, NormStat
 from texp.reference import Entry, written
 from texp.tables import BUFFERED, FRESH, IDLE, STATISTIC, STEPPING, Table
-from texp.theory import Step
+from texp.theory import Row, Step
 from texp.torch_internals import is_watched
 
-_POINT = itemgetter(
-    *("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "scale_invariant", "capturable"),
-    *groups.SCALE_KEYS,
-)
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
-_FLAGS = ("nesterov", "maximize", "scale_invariant")
+_POINT = itemgetter(*_NUMBERS, "nesterov", "maximize")
 
 _GROUP = struct.Struct("=32sQ4B4?8x")  # csrc/cuda.h
 _HOST, _FLOAT32, _FLOAT64 = range(3)  # where a number is
@@ -44,8 +41,10 @@ class Walk:
     def step(
         self,
         param_groups: list[dict[str, Any]],
+        stats_of: list[list[NormStat]],
         state: dict[Tensor, Any],
         grad_scale: float,
+        momentum_dtype: torch.dtype | None,
         check: Callable[[Iterable[tuple]], object],
         cpu: Kernel | Literal[False],
         cuda: Kernel | Literal[False],
@@ -53,16 +52,18 @@ class Walk:
         """Takes a step of all tensors that a kernel can take, and returns the others; see csrc/bindings.cpp."""
         kernel = cpu or cuda  # there is one for one of the two
         watched = is_watched()
-        key = None if watched else _key(param_groups, state)
+        stats = norm_stats.found(param_groups, stats_of)
+        key = None if watched else _key(param_groups, stats, state)
         if key is not None and self._last is not None and key == self._last.key:
             steps = self._last.advance(param_groups, grad_scale)
             if self._last.serves(steps):
                 self._last.run(steps, kernel)
                 for index, step in steps.items():
-                    groups.set_scale(param_groups[index], step.scale)
+                    if groups.is_exponential(param_groups[index]):
+                        groups.set_scale(param_groups[index], step.scale)
                 return []
         self._last = None  # and with it what it holds
-        plans = plan.of_groups(param_groups, state, grad_scale)
+        plans = plan.of_groups(param_groups, stats, state, grad_scale, momentum_dtype)
         last, left = _Last(key, plans), []
         work = [(p, kind, entry) for p in plans for kind in last.kinds[p.index] for entry in p.work[kind]]
         shared = that_share_memory(written(entry for _, _, entry in work))
@@ -82,11 +83,17 @@ class Walk:
             self._last = last
         return left
 
+    def apply_rows(self, work: list[tuple[Row, Entry]], cpu: object, cuda: object) -> list[int]:
+        """Applies rows to tensors; returns the places of those that it leaves to others: here, of all."""
+        return list(range(len(work)))
+
     @torch.no_grad()
     def step_on_device(
         self,
         param_groups: list[dict[str, Any]],
+        stats_of: list[list[NormStat]],
         state: dict[Tensor, Any],
+        momentum_dtype: torch.dtype | None,
         states: Tensor,
         started: Tensor,
         ticket: Tensor,
@@ -98,10 +105,11 @@ class Walk:
         """Takes a step of groups whose scales are on a device, or says why it cannot be taken in this way and changes
         nothing; see csrc/bindings.cpp. The kernel is called with the tables alone.
         """
-        walk = _DeviceWalk(states, capturing)
+        walk = _DeviceWalk(states, momentum_dtype, capturing)
         slot = 0
+        stats = norm_stats.found(param_groups, stats_of)
         for index, group in enumerate(param_groups):
-            if (why := walk.add(index, group, state, slot)) is not None:
+            if (why := walk.add(index, group, stats[index], state, slot)) is not None:
                 return why
             slot += len(group["params"])
         if that_share_memory(written(walk.entries)):
@@ -114,12 +122,12 @@ class Walk:
         return None
 
 
-def _key(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> tuple | None:
+def _key(param_groups: list[dict[str, Any]], found: Found, state: dict[Tensor, Any]) -> tuple | None:
     """What a step is told of its tensors: where two steps have the same, the second can be taken as the first was.
     None where that cannot be told in short.
     """
     params = [p for group in param_groups for p in group["params"]]
-    stats = [stat for group in param_groups for stat in group["norm_stats"]]
+    stats = [stat for stats in found for stat in stats]
     grads = [p.grad for p in params]
     bufs = [values and values.get("momentum_buffer") for values in map(state.get, params)]
     written = params + [b for b in bufs if b is not None] + [stat for stat, _ in stats]
@@ -127,7 +135,10 @@ def _key(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> tuple 
     tensors = written + present
     try:
         return (
-            [(len(group["params"]), len(group["norm_stats"]), bool(group["momentum"])) for group in param_groups],
+            [
+                (len(group["params"]), len(stats), bool(group["momentum"]), groups.is_exponential(group))
+                for group, stats in zip(param_groups, found, strict=True)
+            ],
             [power for _, power in stats],
             [g is None for g in grads],
             [b is None for b in bufs],
@@ -137,15 +148,15 @@ def _key(param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> tuple 
             *(list(map(of, tensors)) for of in _METADATA),
         )
     except (RuntimeError, TypeError, AttributeError, ValueError):
-        return None  # a sparse tensor has no address, odd norm_stats are no pairs
+        return None  # a sparse tensor has no address
 
 
 _METADATA = (Tensor.data_ptr, Tensor.size, Tensor.stride, Tensor.dtype.__get__)
 
 
 def _equal(x: Any, y: Any) -> bool:
-    """Of numbers, flags and lists that are empty; no two tensors are."""
-    return type(x) is type(y) and type(x) in (float, int, bool, list) and x == y and (type(x) is not list or not x)
+    """Of numbers and flags; no two tensors are."""
+    return type(x) is type(y) and type(x) in (float, int, bool) and x == y
 
 
 class _Last:
@@ -166,7 +177,8 @@ class _Last:
         before, step = None, None
         for index, first in self._first.items():
             # Groups in a row that stand at the same point are advanced, and checked, once.
-            point = (first, param_groups[index]["norm_stats"], *_POINT(param_groups[index]))
+            group = param_groups[index]
+            point = (first, groups.is_scale_invariant(group), *groups.scale_of(group), *_POINT(group))
             if step is None or any(x is not y and not _equal(x, y) for x, y in zip(point, before, strict=True)):
                 _, step = plan.advance(index, param_groups[index], first, grad_scale)
             steps[index], before = step, point
@@ -200,22 +212,28 @@ _MOST = torch.finfo(torch.float32).max
 class _DeviceWalk:
     """What is found on the way through the groups."""
 
-    def __init__(self, states: Tensor, capturing: bool) -> None:
+    def __init__(self, states: Tensor, momentum_dtype: torch.dtype | None, capturing: bool) -> None:
         self.states = states
+        self.momentum_dtype = momentum_dtype
         self.capturing = capturing
         self.table = Table()
         self.groups = bytearray()
         self.entries: list[Entry] = []
         self.new_bufs: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, index: int, group: dict[str, Any], state: dict[Tensor, Any], slot: int) -> str | None:
+    def add(
+        self,
+        index: int,
+        group: dict[str, Any],
+        stats: list[tuple[Tensor, float]],
+        state: dict[Tensor, Any],
+        slot: int,
+    ) -> str | None:
         """Adds a group whose parameters have the slots from `slot` on, or says why the step cannot be taken."""
         entries = [Entry(p, p.grad) for p in group["params"]]
-        if self.capturing and not group["capturable"]:
-            return "a group has capturable=False"
         if self.capturing and any(entry.grad is None for entry in entries):
             return "a parameter has no gradient: replays would go on without it"
-        if all(entry.grad is None for entry in entries):
+        if not groups.steps(group):
             return None
         groups.check_step(index, group)
         numbers = [_number(key, group[key], self.states.device) for key in _NUMBERS]
@@ -237,23 +255,32 @@ class _DeviceWalk:
             b"".join(struct.pack("=d" if place == _HOST else "=Q", x) for x, place in numbers),
             self.states[index].data_ptr(),
             *(place for _, place in numbers),
-            *(bool(group[key]) for key in _FLAGS),
-            plan.all_first(entries),
+            bool(group["nesterov"]),
+            bool(group["maximize"]),
+            groups.is_scale_invariant(group),
+            groups.is_first(group, [entry.buf for entry in entries]),
         )
+        if not entries:  # its scale is to go with those of other processes, and no tensor brings it here
+            self._add(Entry(torch.empty(0, device=self.states.device)), source, STATISTIC)
         for i, entry in enumerate(entries, slot):
             if entry.grad is None and ordinary:
                 continue
             starts = has_momentum and entry.grad is not None and entry.buf is None
             if starts and self.capturing:  # memory made in a capture would be set to 0 again by each replay
                 return "a parameter has no momentum buffer yet; take a step before the capture"
+            narrow = entry.buf
+            if starts:
+                entry = plan.with_buf(entry, self.momentum_dtype)
+                self.new_bufs.append((entry.param, entry.buf))
+            elif entry.buf is not None:
+                entry = plan.widened(entry, self.momentum_dtype, self.new_bufs)
+                if self.capturing and entry.buf is not narrow:
+                    return "a momentum buffer is narrower than it is to be; take a step before the capture"
             if why := self._refusal(entry):
                 return why
-            if starts:
-                entry = plan.with_buf(entry)
-                self.new_bufs.append((entry.param, entry.buf))
             flags = (BUFFERED if entry.buf is not None else 0) | (FRESH if starts else 0)
             self._add(entry, source, STEPPING if entry.grad is not None else IDLE, slot=i, flags=flags)
-        for stat, power in group["norm_stats"] if not ordinary else ():
+        for stat, power in stats if not ordinary else ():
             if self._refusal(Entry(stat)):
                 return "norm_stats are not plain tensors on its device"
             self._add(Entry(stat), source, STATISTIC, power=power)

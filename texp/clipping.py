@@ -1,0 +1,45 @@
+"""Clipping by the norm that gradients have at θ."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_ as clip_grad_norm_of_params_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """As torch.nn.utils.clip_grad_norm_ for all parameters of a texp.SGD, with the norm that their gradients would
+    have at the weights θ of torch.optim.SGD: the gradient at Pθ times P, in groups in exponential form.
+
+    Args:
+        optimizer: a texp.SGD.
+        max_norm: the largest norm that is to remain. At least 0.
+        norm_type, error_if_nonfinite, foreach: as torch has them.
+
+    Returns the norm over all gradients before clipping, a tensor of one element. Gradients are modified in place.
+    Under a GradScaler, unscale them first. Raises RuntimeError for a norm that is not finite if that was asked for,
+    and ValueError for a max_norm that is negative or NaN; gradients are then as they were.
+    """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0, got {max_norm}")
+    while not hasattr(optimizer, "intrinsic_scales") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer  # Lightning and accelerate wrap it
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    scales = optimizer.intrinsic_scales()
+    if all(isinstance(P, float) and P == 1 for P in scales):
+        return clip_grad_norm_of_params_(params, max_norm, norm_type, error_if_nonfinite, foreach)
+    norms = []
+    for group, P in zip(optimizer.param_groups, scales, strict=True):
+        grads = [p.grad for p in group["params"] if p.grad is not None]
+        if grads:
+            norm = get_total_norm(grads, norm_type, foreach=foreach)
+            norms.append(norm * (P.to(norm.device, norm.dtype) if isinstance(P, Tensor) else P))
+    norm = get_total_norm(norms, norm_type, error_if_nonfinite)
+    clip_grads_with_norm_(params, max_norm, norm, foreach)
+    return norm

@@ -1,0 +1,193 @@
+"""Working on θ: a group in exponential form holds Pθ, and whatever reads or writes absolute sizes wants θ itself."""
+
+import gc
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from texp import backends, groups, norm_stats, plan, theory
+from texp.memory import PLAIN
+from texp.reference import Entry
+from texp.theory import Row, Scale
+from texp.torch_internals import foreach_copy_
+
+_BATCH = 1 << 24  # elements that are looked at together when the exponential form is restored
+
+
+class _Item(NamedTuple):
+    """What of a parameter, or which statistic, is in exponential form, and how it is turned into θ and back."""
+
+    tensor: Tensor
+    what: str  # "weight", with its buffer, if there is one; "gradient" of the tensor; "alone", just the tensor
+    fold: Row
+    unfold: Row
+
+
+def fold(optimizer: Any) -> None:
+    """Turns all groups into θ and v, in place, and their gradients into those at θ."""
+    _apply(optimizer, [(item.fold, entry) for item in _items(optimizer) if (entry := _entry(optimizer, item))])
+    _set_scales(optimizer, [Scale()] * len(optimizer.param_groups))
+
+
+class Folded:
+    """Turns all groups into θ and v, and knows what they were."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._scales = [groups.scale_of(group) for group in optimizer.param_groups]
+        self._items = _items(optimizer)
+        self._saved = [_copy(_entry(optimizer, item)) for item in self._items]
+        fold(optimizer)
+
+    def restore(self) -> None:
+        """Gives the exponential form back: the very numbers wherever θ and v are what they were, otherwise those of
+        the present θ and v.
+        """
+        for batch in _batches(self._items, self._saved):
+            again = [_copy(saved) for _, saved in batch]
+            work = [(item.fold, entry) for (item, _), entry in zip(batch, again, strict=True) if entry]
+            _apply(self._optimizer, work)
+            unchanged = []
+            for (item, saved), folded in zip(batch, again, strict=True):
+                now = _entry(self._optimizer, item)
+                if now is not None and saved is not None and _same(now, folded):
+                    unchanged += [pair for pair in zip(now, saved, strict=True) if pair[0] is not None]
+                elif now is not None:
+                    self._restore(item, now, saved or _NOTHING, folded or _NOTHING)
+            if unchanged:
+                foreach_copy_(*map(list, zip(*unchanged, strict=True)))
+        _set_scales(self._optimizer, self._scales)
+
+    def _restore(self, item: _Item, now: Entry, saved: Entry, folded: Entry) -> None:
+        same_param = _equal(now.param, folded.param)
+        same_buf = None if now.buf is None else _equal(now.buf, folded.buf) & same_param
+        _apply(self._optimizer, [(item.unfold, now)])
+        _put_back(now.param, saved.param, same_param)
+        _put_back(now.buf, saved.buf, same_buf)
+
+
+_NOTHING = Entry(None)
+
+
+def _put_back(now: Tensor | None, saved: Tensor | None, where: Tensor | None) -> None:
+    if now is not None and saved is not None and now.layout == torch.strided and now.shape == saved.shape:
+        now.copy_(torch.where(where, saved, now))
+
+
+def _items(optimizer: Any) -> list[_Item]:
+    """All that fold() changes; raises, before anything is changed, where that is not all that it would have to."""
+    found = norm_stats.found(optimizer.param_groups, optimizer.norm_stats)
+    items = []
+    for index, (group, stats) in enumerate(zip(optimizer.param_groups, found, strict=True)):
+        scale = groups.scale_of(group)
+        if (scale.P, scale.kappa) == (1.0, 0.0):
+            continue
+        _refuse_copies(index, group, optimizer._given.get(index, ()))
+        weight = theory.fold_row(scale), theory.unfold_row(scale)
+        grown, shrunk = Row(s_p=scale.P), Row(s_p=1 / scale.P)
+        elsewhere = _stepped_elsewhere(optimizer, index)
+        items += [_Item(p, "weight", *weight) for p in group["params"]]
+        items += [_Item(p, "alone", shrunk, grown) for p in elsewhere]
+        items += [_Item(p, "gradient", grown, shrunk) for p in [*group["params"], *elsewhere]]
+        rows = {power: (Row(s_p=scale.P**-power), Row(s_p=scale.P**power)) for _, power in stats}
+        items += [_Item(stat, "alone", *rows[power]) for stat, power in stats]
+    return items
+
+
+def _refuse_copies(index: int, group: dict[str, Any], given: tuple[weakref.ref, ...]) -> None:
+    held = {id(p) for p in group["params"]}
+    gone = [p for ref in given if (p := ref()) is not None and id(p) not in held]
+    if gone:
+        raise RuntimeError(
+            f"parameter group {index} cannot be folded: {len(gone)} of the parameters that it was given (the first "
+            f"of shape {tuple(gone[0].shape)}) are no longer in it and would keep Pθ while the others become θ. "
+            "A wrapper that steps copies of the weights, as DeepSpeed's ZeRO does, has to be asked for θ itself, or "
+            "the model's weights be divided by group['scale']"
+        )
+
+
+def _stepped_elsewhere(optimizer: Any, index: int) -> list[Tensor]:
+    """Parameters of the group that are in this process's model, but stepped by others, under
+    torch.distributed.optim.ZeroRedundancyOptimizer. Their momentum is elsewhere too.
+    """
+    zero = _zero_of(optimizer)
+    if zero is None:
+        return []
+    own = {id(p) for p in optimizer.param_groups[index]["params"]}
+    return [p for p in zero.param_groups[index]["params"] if id(p) not in own]
+
+
+def _zero_of(optimizer: Any) -> Any:
+    """The ZeroRedundancyOptimizer whose optimizer this is. It tells nobody, so that all objects are looked through,
+    once, and only where somebody has imported it.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return None
+    if optimizer._zero is None:
+        of = (x for x in gc.get_objects() if issubclass(type(x), module.ZeroRedundancyOptimizer))
+        zero = next((x for x in of if getattr(x, "optim", None) is optimizer), None)
+        optimizer._zero = weakref.ref(zero) if zero is not None else _nobody
+    return optimizer._zero()
+
+
+def _nobody() -> None:
+    return None
+
+
+def _entry(optimizer: Any, item: _Item) -> Entry | None:
+    if item.what == "gradient":
+        return None if item.tensor.grad is None else Entry(item.tensor.grad)
+    return Entry(item.tensor, buf=plan.buf_of(optimizer.state, item.tensor) if item.what == "weight" else None)
+
+
+def _copy(entry: Entry | None) -> Entry | None:
+    return None if entry is None else Entry(*(None if x is None else x.detach().clone() for x in entry))
+
+
+def _same(now: Entry, folded: Entry) -> bool:
+    """Whether nothing was changed, told at little cost; False where that is not so, or cannot be told so."""
+    return all(
+        a is b if a is None or b is None else type(a) in PLAIN and a.layout == torch.strided and torch.equal(a, b)
+        for a, b in zip(now, folded, strict=True)
+    )
+
+
+def _equal(a: Tensor, b: Tensor | None) -> Tensor:
+    """Where two tensors are the same, NaN included; nowhere, where they cannot be."""
+    if b is None or a.layout != torch.strided or a.shape != b.shape:
+        return torch.zeros((), dtype=torch.bool, device=a.device)
+    return (a == b) | ((a != a) & (b != b))
+
+
+def _batches(items: list[_Item], saved: list[Entry | None]) -> Iterator[list[tuple[_Item, Entry | None]]]:
+    batch, elements = [], 0
+    for pair in zip(items, saved, strict=True):
+        if batch and elements + pair[0].tensor.numel() > _BATCH:
+            yield batch
+            batch, elements = [], 0
+        batch.append(pair)
+        elements += pair[0].tensor.numel()
+    if batch:
+        yield batch
+
+
+def _apply(optimizer: Any, work: list[tuple[Row, Entry]]) -> None:
+    backends.apply(optimizer._kernels, work)
+
+
+def _set_scales(optimizer: Any, scales: list[Scale]) -> None:
+    for group, scale in zip(optimizer.param_groups, scales, strict=False):  # a group may have been added
+        if scale != groups.scale_of(group):
+            groups.set_scale(group, scale)
+    if optimizer._device is not None:
+        optimizer._device.write(optimizer.state)
+
+
+def given(params: list[Tensor]) -> tuple[weakref.ref, ...]:
+    """What a group in exponential form was given, for fold() to see whether it still holds all of it."""
+    return tuple(map(weakref.ref, params))

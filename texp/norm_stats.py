@@ -1,0 +1,173 @@
+"""Statistics that grow with the weights of a group, found anew in the model at every step: `model.to` and the like
+replace its buffers.
+"""
+
+import functools
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from texp import groups
+
+Found = list[list[tuple[Tensor, float]]]
+"""For each group its statistics and their powers of P."""
+
+_FORMS = (
+    "norm_stats must be a list of (module, name, power), (function, power) or (tensor, power), with a finite power "
+    "of the scale and a floating-point tensor"
+)
+
+
+class NormStat:
+    """A tensor that a step multiplies by the change of P^power.
+
+    Args:
+        source: a module and the name of one of its buffers or parameters; or a function that returns the tensor; or
+            the tensor itself, which is then held weakly: once nothing else holds it, it is lost.
+        power: the power of P with which it grows.
+
+    Attributes:
+        find: returns the tensor, or None where it is lost.
+        name: what errors call it.
+        power: as given.
+    """
+
+    __slots__ = ("__weakref__", "_attribute", "_held", "_module", "find", "name", "power")
+
+    def __init__(self, *source, power: float) -> None:
+        if not isinstance(power, (int, float)) or not math.isfinite(power):
+            raise ValueError(f"{_FORMS}; got the power {power!r}")
+        self.power = float(power)
+        self._attribute = self._held = self._module = None
+        match source:
+            case (nn.Module() as module, str() as name):
+                held = module._buffers if name in module._buffers else module._parameters
+                self.name = f"{name} of {type(module).__name__}"
+                self.find: Callable[[], Tensor | None] = functools.partial(held.get, name)
+                self._module = weakref.ref(module, self._module_is_gone)
+                self._attribute = name
+            case (Tensor() as tensor,):
+                self.name = f"a tensor of shape {tuple(tensor.shape)}"
+                self.find = weakref.ref(tensor)
+            case (function,) if callable(function):
+                self.name = getattr(function, "__qualname__", repr(function))
+                self.find = function
+            case _:
+                raise ValueError(f"{_FORMS}; got {source!r}")
+        if not _is_statistic(self.find()):
+            raise ValueError(f"{_FORMS}; {self.name} is {_described(self.find())}")
+
+    def _module_is_gone(self, _: weakref.ref) -> None:
+        # Another module may have taken its tensors over, as SyncBatchNorm does. They are followed no further.
+        tensor = self.find()
+        self._module = self._attribute = None
+        self.find = _lost if tensor is None else weakref.ref(tensor)
+
+    def source(self) -> tuple:
+        """What it was made from, or the tensor that remains of it: the arguments of a copy."""
+        if self._module is not None:
+            return self._module(), self._attribute
+        if isinstance(self.find, weakref.ref) or self.find is _lost:
+            return (self.find(),)
+        return (self.find,)
+
+    def __reduce__(self) -> tuple:
+        return _copy, (self.source(), self.power)
+
+    def __repr__(self) -> str:
+        return f"NormStat({self.name}, power={self.power:g})"
+
+
+def _lost() -> None:
+    return None
+
+
+def _copy(source: tuple, power: float) -> NormStat:
+    """A NormStat that came with a copy of its module, by pickle or deepcopy, which it keeps."""
+    if source == (None,):
+        stat = NormStat(torch.zeros(()), power=power)  # lost before it was copied
+        stat.find = _lost
+        return stat
+    stat = NormStat(*source, power=power)
+    stat._held = source[0]
+    return stat
+
+
+def parsed(given: Any) -> list[NormStat]:
+    """Of what stands in a group; raises ValueError where it is no list of statistics."""
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"{_FORMS}; got {given!r}")
+    stats = []
+    for stat in given:
+        if isinstance(stat, NormStat):
+            stats.append(stat)
+        elif isinstance(stat, (list, tuple)) and len(stat) in (2, 3):
+            stats.append(NormStat(*stat[:-1], power=stat[-1]))
+        else:
+            raise ValueError(f"{_FORMS}; got {stat!r}")
+    return stats
+
+
+def take(param_groups: list[dict[str, Any]], norm_stats: list[list[NormStat]]) -> None:
+    """Moves what somebody has put into groups, as group["norm_stats"], into `norm_stats`, and makes that as long.
+
+    Raises ValueError, and changes nothing, where it cannot.
+    """
+    given = {}
+    for i, group in enumerate(param_groups):
+        if "norm_stats" in group:
+            try:
+                given[i] = parsed(group["norm_stats"])
+            except ValueError as error:
+                raise ValueError(f"parameter group {i}: {error}") from None
+    if len(norm_stats) > len(param_groups) and any(norm_stats):
+        raise ValueError(
+            f"there are norm_stats for {len(norm_stats)} parameter groups, but {len(param_groups)} groups: take "
+            "those of groups that were removed out of optimizer.norm_stats"
+        )
+    del norm_stats[len(param_groups) :]
+    norm_stats.extend([] for _ in range(len(param_groups) - len(norm_stats)))
+    for i, stats in given.items():
+        del param_groups[i]["norm_stats"]
+        norm_stats[i] = stats
+
+
+def found(param_groups: list[dict[str, Any]], norm_stats: list[list[NormStat]]) -> Found:
+    """The tensors of this step; called by the C++ core too. Those of ordinary groups are not looked for.
+
+    Raises ValueError where one can no longer be found, or cannot be scaled.
+    """
+    if len(norm_stats) != len(param_groups) or any("norm_stats" in group for group in param_groups):
+        take(param_groups, norm_stats)
+    return [
+        _found(i, stats) if stats and groups.is_exponential(group) else []
+        for i, (group, stats) in enumerate(zip(param_groups, norm_stats, strict=True))
+    ]
+
+
+def _found(index: int, stats: list[NormStat]) -> list[tuple[Tensor, float]]:
+    tensors = [(stat.find(), stat.power) for stat in stats]
+    for (tensor, _), stat in zip(tensors, stats, strict=True):
+        if not _is_statistic(tensor):
+            raise ValueError(
+                f"parameter group {index}: {stat.name}, one of norm_stats, "
+                + (
+                    "can no longer be found: the model has replaced it. Name it by its module, as (module, "
+                    "'running_mean', power), or give a function that returns it; texp.param_groups does"
+                    if tensor is None
+                    else f"is {_described(tensor)} and cannot be scaled"
+                )
+            )
+    return tensors
+
+
+def _is_statistic(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point()
+
+
+def _described(x: Any) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else repr(x)
