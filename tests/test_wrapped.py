@@ -22,6 +22,13 @@ def test_one_that_is_wrapped(name):
     assert texp_sgd(SimpleNamespace(optimizer=SimpleNamespace(**{name: sgd}))) is sgd
 
 
+def test_a_wrapper_of_the_same_class():
+    """As those of Lightning are."""
+    sgd, wrapper = made(), made()
+    wrapper._optimizer = sgd
+    assert texp_sgd(wrapper) is sgd
+
+
 def test_none():
     other = torch.optim.SGD([nn.Parameter(torch.ones(2))])
     around_itself = SimpleNamespace()

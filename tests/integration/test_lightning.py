@@ -18,6 +18,7 @@ from tests.integration.training import (
     REFERENCE,
     TORCH,
     Form,
+    batches,
     copied,
     fold,
     ids,
@@ -26,6 +27,7 @@ from tests.integration.training import (
 )
 
 pytest.importorskip("lightning", reason="lightning is not installed")
+pl_fabric = pytest.importorskip("lightning.fabric", reason="lightning is not installed")
 pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 from lightning.pytorch.callbacks import (  # noqa: E402
     EMAWeightAveraging,
@@ -193,6 +195,73 @@ def interrupted(tmp_path: Path, form: Form, callbacks=()) -> tuple[dict, dict]:
 @pytest.mark.parametrize("form", [TORCH, *FORMS], ids=ids)
 def test_a_run_resumed_in_the_middle_of_an_epoch(form, tmp_path):
     form.check(interrupted(tmp_path, form)[0], fit(tmp_path, Module(TORCH)))
+
+
+class Manual(Module):
+    """Which folds, through Lightning's wrapper of the optimizer, in the way that it is told."""
+
+    def __init__(self, form, how):
+        super().__init__(form)
+        self.automatic_optimization, self.how = False, how
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        assert texp_sgd(optimizer) is (None if self.form is TORCH else self.trainer.optimizers[0])
+        optimizer.zero_grad()
+        self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
+        if self.form is not TORCH and self.trainer.global_step % 6 == 3:
+            FOLDED[self.how](optimizer)
+        optimizer.step()
+        if self.form is not TORCH and self.how == "eval":
+            optimizer.train()
+
+    def configure_optimizers(self):
+        return self.form.optimizer(self.model)
+
+
+def look_inside(optimizer):
+    with optimizer.folded():
+        assert all(group.get("scale", 1.0) == 1.0 for group in optimizer.param_groups)
+
+
+FOLDED = {
+    "fold": lambda optimizer: optimizer.fold(),
+    "folded": look_inside,
+    "eval": lambda optimizer: optimizer.eval(),  # and a step before train(), which goes on from θ
+}
+
+
+@pytest.mark.parametrize("how", FOLDED)
+@pytest.mark.parametrize("form", [ORDINARY, EXPONENTIAL], ids=ids)
+def test_manual_optimization(form, how, tmp_path):
+    form.check(*(fit(tmp_path, Manual(f, how)) for f in (form, TORCH)))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+def test_fabric(form, tmp_path):
+    """Its wrapper is saved, loaded and folded."""
+
+    def trained(f, interrupted):
+        fabric = pl_fabric.Fabric(accelerator="cpu", devices=1)
+        model, optimizer = set_up(fabric, f)
+        for index, (x, y) in enumerate(batches()):
+            if interrupted and index == 10:
+                fabric.save(tmp_path / "checkpoint", {"model": model, "optimizer": optimizer})
+                model, optimizer = set_up(fabric, f)
+                fabric.load(tmp_path / "checkpoint", {"model": model, "optimizer": optimizer})
+            optimizer.zero_grad()
+            fabric.backward(cross_entropy(model(x), y))
+            fabric.clip_gradients(model, optimizer, max_norm=100.0)
+            optimizer.step()
+        if f is not TORCH:
+            optimizer.fold()
+        return copied(model)
+
+    def set_up(fabric, f):
+        model = network()
+        return fabric.setup(model, f.optimizer(model))
+
+    form.check(trained(form, interrupted=True), trained(TORCH, interrupted=False))
 
 
 @pytest.mark.parametrize("form", [REFERENCE, ORDINARY], ids=ids)

@@ -14,12 +14,8 @@ class FoldCallback(TrainerCallback):
     `load_best_model_at_end` puts there.
 
     The Trainer itself calls `optimizer.eval()`, after which the parameters are θ, before an evaluation, but not when
-    it saves; `optimizer.train()` it calls in the next training step, and this does so before it.
+    it saves; `optimizer.train()` it calls in the next training step.
     """
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if (sgd := texp_sgd(optimizer)) is not None:
-            sgd.train()
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if control.should_save:

@@ -8,14 +8,19 @@ KEPT_AS = ("_optimizer", "optimizer", "optim", "original_optimizer", "base_optim
 
 
 def texp_sgd(optimizer: object) -> SGD | None:
-    """The texp.SGD that `optimizer` is or wraps, however deep; None if there is none."""
+    """The texp.SGD that `optimizer` is or wraps, however deep; None if there is none.
+
+    Lightning's wrappers are of the class of what they wrap, and keep for themselves what its methods assign: it is
+    the innermost that is looked for.
+    """
     seen = set()
-    while optimizer is not None and id(optimizer) not in seen:
-        if isinstance(optimizer, SGD):
-            return optimizer
+    while id(optimizer) not in seen:
         seen.add(id(optimizer))
         attributes = getattr(optimizer, "__dict__", {})  # its own, not those that it passes on
-        optimizer = next((attributes[name] for name in KEPT_AS if name in attributes), None)
+        inner = next((attributes[name] for name in KEPT_AS if name in attributes), None)
+        if inner is None:
+            return optimizer if isinstance(optimizer, SGD) else None
+        optimizer = inner
     return None
 
 
