@@ -32,12 +32,17 @@ struct Tensor {
   int32_t slot;     // of stepping and idle ones: the place in Device::started
   uint16_t source;  // of its row: an index into the rows, or into the groups
   Kind kind;
-  uint8_t bits;  // Dtype of p and g, 4 times that of b, and flags
+  uint8_t bits;  // Dtype of p (bits 0 and 1), of b (2 and 3) and of g (6 and 7), and flags
 
   static constexpr uint8_t kBuffered = 16;  // it has a buffer, which is empty if b is null
   static constexpr uint8_t kFresh = 32;     // one that has only just been made
 
+  static constexpr uint8_t bits_of(Dtype p, Dtype g, Dtype b) {
+    return static_cast<uint8_t>(static_cast<int>(p) | static_cast<int>(b) << 2 | static_cast<int>(g) << 6);
+  }
+
   TEXP_INLINE Dtype dtype() const { return static_cast<Dtype>(bits & 3); }
+  TEXP_INLINE Dtype g_dtype() const { return static_cast<Dtype>(bits >> 6); }
   TEXP_INLINE Dtype b_dtype() const { return static_cast<Dtype>(bits >> 2 & 3); }
 };
 

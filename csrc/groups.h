@@ -148,9 +148,10 @@ inline at::Tensor new_buffer(const at::Tensor& p, const at::Tensor& g, const Mom
 
 // The dtype that a buffer is to be widened to; none: it is as wide as it is to be.
 inline std::optional<at::ScalarType> wider(const at::Tensor& p, const at::Tensor& b, const MomentumDtype& asked) {
-  const at::ScalarType is = b.scalar_type(), wanted = asked.value_or(p.scalar_type());
-  if (is == wanted || !at::isFloatingType(is)) [[likely]]
+  if (!asked && b.dtype() == p.dtype()) [[likely]]
     return {};
+  const at::ScalarType is = b.scalar_type(), wanted = asked.value_or(p.scalar_type());
+  if (!at::isFloatingType(is)) return {};
   const at::ScalarType wide = at::promote_types(is, wanted);
   return wide == is ? std::nullopt : std::optional(wide);
 }

@@ -20,7 +20,7 @@ inline cuda::Tensor as_cuda(const Item& item) {
   t.b = item.b;
   t.numel = item.numel;
   t.source = static_cast<uint16_t>(item.row);
-  t.bits = static_cast<uint8_t>(static_cast<int>(item.dtype) + 4 * static_cast<int>(item.b_dtype));
+  t.bits = cuda::Tensor::bits_of(item.dtype, item.g_dtype, item.b_dtype);
   return t;
 }
 

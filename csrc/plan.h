@@ -56,6 +56,11 @@ inline Dtype dtype_of(const at::Tensor& t) {
   }
 }
 
+// Whether the arithmetic is in float64; g, b: null if there is none.
+inline bool is_wide(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b) {
+  return is_wide(dtype_of(p), g == nullptr ? dtype_of(p) : dtype_of(*g), b == nullptr ? dtype_of(p) : dtype_of(*b));
+}
+
 inline bool is_dense(const at::Tensor& t) { return t.is_contiguous() || t.is_non_overlapping_and_dense(); }
 
 inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
@@ -104,24 +109,21 @@ class Plan {
   // Takes p, g and b (null: none) if the kernel can; otherwise says why not and takes nothing. `row`: which of the rows,
   // or kUnknownRow.
   Refusal take(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
-    if (row != kUnknownRow && !rows_.fits(row, dtype_of(p))) return {"the parameter", "is too narrow for a step as large as this"};
+    if (row != kUnknownRow && !rows_.fits(row, false) && !rows_.fits(row, is_wide(p, g, b))) [[unlikely]]
+      return {"the parameter", "is too narrow for a step as large as this"};
     if (usual(p) && (g == nullptr || usual(*g, p)) && (b == nullptr || usual(*b, p)) && shared_.empty()) {
-      push(p, p, g, b, b, row);
+      push(p, p, g, b, b, row, Dtype::float32, Dtype::float32, Dtype::float32);
       return {};
     }
     if (const char* why = unwritable(p)) return {"the parameter", why};
     if (g != nullptr) {
       if (const char* why = unsupported(*g)) return {"its gradient", why};
       if (g->device() != p.device()) return {"its gradient", "is on another device"};
-      if (g->scalar_type() != p.scalar_type()) return {"its gradient", "has another dtype"};
       if (g->sizes() != p.sizes()) return {"its gradient", "has another shape"};
     }
     if (b != nullptr) {
       if (const char* why = unwritable(*b)) return {"its momentum buffer", why};
       if (b->device() != p.device()) return {"its momentum buffer", "is on another device"};
-      const bool wider = p.scalar_type() != at::kDouble && b->scalar_type() == at::kFloat;
-      if (b->scalar_type() != p.scalar_type() && !wider)
-        return {"its momentum buffer", "is neither of its dtype nor float32"};
       if (b->sizes() != p.sizes()) return {"its momentum buffer", "has another shape"};
     }
     if (shared_.count(p.unsafeGetTensorImpl()) != 0 || (b != nullptr && shared_.count(b->unsafeGetTensorImpl()) != 0))
@@ -129,7 +131,8 @@ class Plan {
     const at::Tensor& p_flat = is_dense(p) ? p : copied(p, at::empty_like(p).strides(), true);
     const at::Tensor* g_flat = g == nullptr || same_layout(p_flat, *g) ? g : &copied(*g, p_flat.strides(), false);
     const at::Tensor* b_flat = b == nullptr || same_layout(p_flat, *b) ? b : &copied(*b, p_flat.strides(), true);
-    push(p, p_flat, g_flat, b, b_flat, row);
+    const Dtype own = dtype_of(p);
+    push(p, p_flat, g_flat, b, b_flat, row, own, g == nullptr ? own : dtype_of(*g), b == nullptr ? own : dtype_of(*b));
     return {};
   }
 
@@ -188,15 +191,16 @@ class Plan {
   bool usual(const at::Tensor& t, const at::Tensor& p) const { return usual(t) && t.sizes() == p.sizes(); }
 
   void push(const at::Tensor& p, const at::Tensor& p_flat, const at::Tensor* g_flat, const at::Tensor* b,
-            const at::Tensor* b_flat, int32_t row) {
+            const at::Tensor* b_flat, int32_t row, Dtype dtype, Dtype g_dtype, Dtype b_dtype) {
     items_.push_back({
         .p = p_flat.mutable_data_ptr(),
         .g = g_flat == nullptr ? nullptr : g_flat->const_data_ptr(),
         .b = b_flat == nullptr ? nullptr : b_flat->mutable_data_ptr(),
         .numel = p.numel(),
         .row = row,
-        .dtype = dtype_of(p),
-        .b_dtype = b == nullptr ? dtype_of(p) : dtype_of(*b),
+        .dtype = dtype,
+        .g_dtype = g_dtype,
+        .b_dtype = b_dtype,
     });
     if (g_flat != nullptr) read_.push_back(g_flat->unsafeGetTensorImpl());
     written_.push_back(p.unsafeGetTensorImpl());

@@ -18,11 +18,23 @@ struct Item {
   void* b;        // modified in place; null: 0, not written
   int64_t numel;
   int32_t row;    // index into the rows of the step
-  Dtype dtype;    // of p and g
-  Dtype b_dtype;  // that of p, or float32
+  Dtype dtype;    // of p
+  Dtype g_dtype;  // of g, and where there is none that of p, so that there are fewer mixes
+  Dtype b_dtype;  // of b, and likewise
 };
 
-// Arithmetic is in float32, in float64 for float64 tensors.
+// Whether the arithmetic is in float64: it is where p, g or b is, and otherwise in float32. Each element is converted to
+// that, and p and b are rounded once to their own dtypes: from float64 to bf16 and fp16 by way of float32, as torch does.
+TEXP_INLINE bool is_wide(Dtype p, Dtype g, Dtype b) {
+  return p == Dtype::float64 || g == Dtype::float64 || b == Dtype::float64;
+}
+
+// Whether the kernels have a loop for just these dtypes. Other mixes are converted to the type of the arithmetic first.
+TEXP_INLINE bool is_usual(Dtype p, Dtype g, Dtype b) {
+  return g == p && (b == p || (b == Dtype::float32 && p != Dtype::float64));
+}
+
+// Of each row both versions: for arithmetic in float32 and in float64.
 struct Rows {
   std::vector<Row<float>> narrow;
   std::vector<Row<double>> wide;
@@ -36,9 +48,7 @@ struct Rows {
     return static_cast<int32_t>(wide.size()) - 1;
   }
 
-  bool fits(int32_t row, Dtype dtype) const {
-    return dtype == Dtype::float64 ? wide_is_finite[row] : narrow_is_finite[row];
-  }
+  bool fits(int32_t row, bool in_float64) const { return narrow_is_finite[row] || (in_float64 && wide_is_finite[row]); }
 
   void clear() {
     narrow.clear();

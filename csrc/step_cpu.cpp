@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "step.h"
 #include "tiles.h"
@@ -105,6 +106,7 @@ TEXP_INLINE void span(const Row<T>& row, const Item& item, int64_t offset, int64
   return span<T, P, B, false, false, false>(row, p, g, b, n);
 }
 
+// Of the dtypes that `is_usual` says.
 TEXP_INLINE void span(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
   const Row<float>& row = rows.narrow[item.row];
   const bool own = item.b_dtype == item.dtype;
@@ -120,14 +122,95 @@ TEXP_INLINE void span(const Item& item, const Rows& rows, int64_t offset, int64_
   }
 }
 
-// The same code for each instruction set; which one runs is decided once, by what the processor has.
+// Elements. A thread takes a run of tiles as one, so that small ones cost nothing; threads get equal numbers of tiles, so
+// that many tensors smaller than a tile would make for unequal shares. A multiple of a cache line for every dtype.
+constexpr int64_t kTile = 256;
+
+template <class T>
+constexpr Dtype kDtype = std::is_same_v<T, double> ? Dtype::float64 : Dtype::float32;
+
+// Calls `each` with the n elements of a tensor from `offset` on, as what they are. There is no float64 where T is float.
+template <class T, class F>
+TEXP_INLINE void as_elements(void* tensor, Dtype dtype, int64_t offset, F&& each) {
+  switch (dtype) {
+    case Dtype::float32:
+      return each(static_cast<float*>(tensor) + offset);
+    case Dtype::float64:
+      if constexpr (std::is_same_v<T, double>) each(static_cast<double*>(tensor) + offset);
+      return;
+    case Dtype::bfloat16:
+      return each(static_cast<bf16*>(tensor) + offset);
+    case Dtype::float16:
+      return each(static_cast<fp16*>(tensor) + offset);
+  }
+}
+
+// n elements as T: where they are if they are T, otherwise copied to `to`; null stays null.
+template <class T>
+TEXP_INLINE void* widened(void* tensor, Dtype dtype, int64_t offset, int64_t n, T* to) {
+  if (tensor == nullptr) return nullptr;
+  if (dtype == kDtype<T>) return static_cast<T*>(tensor) + offset;
+  as_elements<T>(tensor, dtype, offset, [=](const auto* from) __attribute__((always_inline)) {
+    TEXP_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(load(from[i]));
+  });
+  return to;
+}
+
+// The way back, of what was copied.
+template <class T>
+TEXP_INLINE void narrow(void* tensor, Dtype dtype, int64_t offset, int64_t n, const T* from) {
+  if (tensor == nullptr || dtype == kDtype<T>) return;
+  as_elements<T>(tensor, dtype, offset, [=](auto* to) __attribute__((always_inline)) {
+    TEXP_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) store(to[i], static_cast<float>(from[i]));
+  });
+}
+
 using Span = void (*)(const Item&, const Rows&, int64_t, int64_t);
 
+// Of any mix of dtypes: tile by tile by way of T, which `own` takes. Those are small enough to stay in the first cache.
+template <class T, Span own>
+TEXP_INLINE void span_mixed(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
+  alignas(64) T weights[kTile], gradients[kTile], buffers[kTile];
+  for (const int64_t end = offset + n; offset < end; offset += kTile) {
+    const int64_t count = std::min(kTile, end - offset);
+    const Item tile{
+        .p = widened(item.p, item.dtype, offset, count, weights),
+        .g = widened(const_cast<void*>(item.g), item.g_dtype, offset, count, gradients),
+        .b = widened(item.b, item.b_dtype, offset, count, buffers),
+        .numel = count,
+        .row = item.row,
+        .dtype = kDtype<T>,
+        .g_dtype = kDtype<T>,
+        .b_dtype = kDtype<T>,
+    };
+    own(tile, rows, 0, count);
+    narrow(item.p, item.dtype, offset, count, weights);
+    narrow(item.b, item.b_dtype, offset, count, buffers);
+  }
+}
+
+template <Span own>
+TEXP_INLINE void span_mixed(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
+  if (is_wide(item.dtype, item.g_dtype, item.b_dtype)) return span_mixed<double, own>(item, rows, offset, n);
+  span_mixed<float, own>(item, rows, offset, n);
+}
+
+// The same code for each instruction set; which one runs is decided once, by what the processor has.
 void span_any(const Item& item, const Rows& rows, int64_t offset, int64_t n) { span(item, rows, offset, n); }
 
+void mixed_any(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
+  span_mixed<span_any>(item, rows, offset, n);
+}
+
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx2,fma"))) void span_avx2(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
-  span(item, rows, offset, n);
+#define TEXP_AVX2 __attribute__((target("avx2,fma")))
+
+TEXP_AVX2 void span_avx2(const Item& item, const Rows& rows, int64_t offset, int64_t n) { span(item, rows, offset, n); }
+
+TEXP_AVX2 void mixed_avx2(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
+  span_mixed<span_avx2>(item, rows, offset, n);
 }
 
 #if defined(__clang__)  // whose vectors are as wide as this without being asked
@@ -136,9 +219,14 @@ __attribute__((target("avx2,fma"))) void span_avx2(const Item& item, const Rows&
 #define TEXP_WIDE ",prefer-vector-width=512"
 #endif
 
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma" TEXP_WIDE))) void span_avx512(
-    const Item& item, const Rows& rows, int64_t offset, int64_t n) {
+#define TEXP_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma" TEXP_WIDE)))
+
+TEXP_AVX512 void span_avx512(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
   span(item, rows, offset, n);
+}
+
+TEXP_AVX512 void mixed_avx512(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
+  span_mixed<span_avx512>(item, rows, offset, n);
 }
 
 bool has_avx2() {
@@ -154,7 +242,7 @@ bool has_avx512() {
 
 struct Variant {
   std::string name;
-  Span span;
+  Span usual, mixed;  // by the dtypes
 };
 
 // Those that this processor can run, the best first.
@@ -162,23 +250,19 @@ const std::vector<Variant>& variants() {
   static const std::vector<Variant> found = [] {
     std::vector<Variant> all;
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (has_avx512()) all.push_back({"avx512", span_avx512});
-    if (has_avx2()) all.push_back({"avx2", span_avx2});
+    if (has_avx512()) all.push_back({"avx512", span_avx512, mixed_avx512});
+    if (has_avx2()) all.push_back({"avx2", span_avx2, mixed_avx2});
 #endif
-    all.push_back({"any", span_any});
+    all.push_back({"any", span_any, mixed_any});
     return all;
   }();
   return found;
 }
 
-Span chosen = variants().front().span;
+const Variant* chosen = &variants().front();
 
 // Fewer elements than this are not worth waking another thread for; torch's own threshold.
 constexpr int64_t kGrain = 32768;
-
-// Elements. A thread takes a run of tiles as one, so that small ones cost nothing; threads get equal numbers of tiles, so
-// that many tensors smaller than a tile would make for unequal shares. A multiple of a cache line for every dtype.
-constexpr int64_t kTile = 256;
 
 }  // namespace
 
@@ -195,7 +279,9 @@ void step_cpu(const std::vector<Item>& items, const Rows& rows) {
       const int64_t stop = std::min(end, first[i + 1]);
       if (tile == stop) continue;  // an empty tensor
       const int64_t offset = (tile - first[i]) * kTile;
-      chosen(items[i], rows, offset, std::min(items[i].numel, (stop - first[i]) * kTile) - offset);
+      const Item& item = items[i];
+      const Span span = is_usual(item.dtype, item.g_dtype, item.b_dtype) ? chosen->usual : chosen->mixed;
+      span(item, rows, offset, std::min(item.numel, (stop - first[i]) * kTile) - offset);
       tile = stop;
     }
   };
@@ -216,7 +302,7 @@ std::vector<std::string> cpu_variants() {
 void use_cpu_variant(const std::string& name) {
   for (const Variant& variant : variants()) {
     if (variant.name == name) {
-      chosen = variant.span;
+      chosen = &variant;
       return;
     }
   }

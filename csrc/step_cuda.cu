@@ -44,6 +44,9 @@ __device__ void narrow(float x, float& to) { to = x; }
 __device__ void narrow(double x, double& to) { to = x; }
 __device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 __device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
+__device__ void narrow(double x, float& to) { to = static_cast<float>(x); }
+__device__ void narrow(double x, __nv_bfloat16& to) { to = __float2bfloat16_rn(static_cast<float>(x)); }
+__device__ void narrow(double x, __half& to) { to = __float2half_rn(static_cast<float>(x)); }
 
 // Elements that one thread reads and writes at once: 16 bytes of float32. Of other dtypes fewer bytes, for want of
 // registers: more of these would cost more threads, and so more bytes under way, than wider loads would bring.
@@ -64,6 +67,14 @@ struct Word<16> {
 template <>
 struct Word<8> {
   using Type = uint2;
+};
+template <>
+struct Word<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Word<2> {
+  using Type = uint16_t;
 };
 
 // p is what the next forward pass reads; g and b are not read again soon, and make room in the cache first.
@@ -133,6 +144,137 @@ __device__ void update_tile(const Row<T>& row, const Tensor& t, void* buf, const
   }
 }
 
+__device__ int size_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// kCount elements of one tensor, of a dtype that is known when the kernel runs: as they lie in memory, and as T.
+template <class T, int kCount>
+struct Mixed {
+  char* at;  // null: none
+  Dtype dtype;
+
+  struct Bits {  // of which narrower elements fill the first words
+    uint32_t words[kCount * sizeof(T) / 4];
+  };
+
+  __device__ Mixed(const void* tensor, Dtype dtype, int64_t offset)
+      : at(tensor == nullptr ? nullptr : static_cast<char*>(const_cast<void*>(tensor)) + offset * size_of(dtype)),
+        dtype(dtype) {}
+
+  __device__ bool is_aligned() const {
+    return (reinterpret_cast<uintptr_t>(at) & (kCount * size_of(dtype) - 1)) == 0;
+  }
+
+  // All that is loaded is asked for before any of it is converted, and only the number of bytes matters yet.
+  __device__ Bits load(int i, bool soon) const {
+    Bits bits;
+    const int size = size_of(dtype);
+    const char* from = at + i * size;
+    if (at == nullptr) {
+      bits = {};
+    } else if (size == 2) {
+      copy<2>(bits, from, soon);
+    } else if (sizeof(T) == 4 || size == 4) {
+      copy<4>(bits, from, soon);
+    } else {
+      copy<8>(bits, from, soon);
+    }
+    return bits;
+  }
+
+  __device__ void widen(const Bits& bits, T (&to)[kCount]) const {
+    switch (dtype) {
+      case Dtype::float32:
+        return widen<float>(bits, to);
+      case Dtype::float64:
+        return widen<double>(bits, to);
+      case Dtype::bfloat16:
+        return widen<__nv_bfloat16>(bits, to);
+      case Dtype::float16:
+        return widen<__half>(bits, to);
+    }
+  }
+
+  __device__ void store(int i, const T (&from)[kCount], bool soon) const {
+    switch (dtype) {
+      case Dtype::float32:
+        return store<float>(i, from, soon);
+      case Dtype::float64:
+        return store<double>(i, from, soon);
+      case Dtype::bfloat16:
+        return store<__nv_bfloat16>(i, from, soon);
+      case Dtype::float16:
+        return store<__half>(i, from, soon);
+    }
+  }
+
+ private:
+  template <int kBytes>
+  __device__ static void copy(Bits& bits, const char* from, bool soon) {
+    if constexpr (kBytes <= sizeof(T)) {
+      using W = typename Word<kBytes * kCount>::Type;
+      const W* word = global(reinterpret_cast<const W*>(from));
+      const W loaded = soon ? *word : __ldcs(word);
+      memcpy(&bits, &loaded, sizeof loaded);
+    }
+  }
+
+  template <class E>
+  __device__ static void widen(const Bits& bits, T (&to)[kCount]) {
+    if constexpr (sizeof(E) <= sizeof(T)) {
+      E e[kCount];
+      memcpy(&e, &bits, sizeof e);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) to[k] = widened(e[k]);
+    }
+  }
+
+  template <class E>
+  __device__ void store(int i, const T (&from)[kCount], bool soon) const {
+    if constexpr (sizeof(E) <= sizeof(T)) {
+      Vector<E, kCount> v;
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) narrow(from[k], v.e[k]);
+      cuda::store(global(at + i * sizeof(E)), v, soon);
+    }
+  }
+};
+
+// Any mix of dtypes by way of T: which they are is the same for all of a block.
+template <class T, int kCount>
+__device__ void update_mixed(const Row<T>& row, const Mixed<T, kCount>& p, const Mixed<T, kCount>& g,
+                             const Mixed<T, kCount>& b, int begin, int end) {
+#pragma unroll 1
+  for (int i = begin + threadIdx.x * kCount; i < end; i += kThreads * kCount) {
+    const auto p_bits = p.load(i, true), g_bits = g.load(i, false), b_bits = b.load(i, false);
+    T weights[kCount], gradients[kCount], buffers[kCount];
+    p.widen(p_bits, weights);
+    g.widen(g_bits, gradients);
+    b.widen(b_bits, buffers);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) update<T>(row, weights[k], gradients[k], buffers[k]);
+    p.store(i, weights, true);
+    if (b.at != nullptr) b.store(i, buffers, false);
+  }
+}
+
+template <class T>
+__device__ void update_mixed_tile(const Row<T>& row, const Tensor& t, void* buf, const void* grad, int64_t offset,
+                                  int n) {
+  constexpr int kCount = cuda::kCount<T>;
+  using One = Mixed<T, 1>;
+  const One p(t.p, t.dtype(), offset), g(grad, t.g_dtype(), offset), b(buf, t.b_dtype(), offset);
+  int whole = 0;
+  if constexpr (kCount > 1) {
+    using Some = Mixed<T, kCount>;
+    const Some ps(p.at, p.dtype, 0), gs(g.at, g.dtype, 0), bs(b.at, b.dtype, 0);
+    if (ps.is_aligned() && gs.is_aligned() && bs.is_aligned()) whole = n / kCount * kCount;
+    update_mixed(row, ps, gs, bs, 0, whole);
+  }
+  update_mixed(row, p, g, b, whole, n);
+}
+
 __device__ double read(const Number& number, Number::In in) {
   switch (in) {
     case Number::In::float32:
@@ -176,13 +318,34 @@ __device__ void find_row(Shared& shared, const Group& group, const Tensor& t, co
   shared.without_buffer = t.kind == Kind::idle && !started;
 }
 
-// Blocks on a multiprocessor that registers must allow for: 40 of them a thread, or 64, which it takes to compute a row
-// in float64. Either has more than enough bytes under way for the memory of the largest cards.
-template <bool kOnDevice>
-constexpr int kBlocks = kOnDevice ? 4 : 6;
+__device__ void update_usual_tile(const Shared& shared, const Tensor& t, void* b, const void* g, int64_t offset,
+                                  int n) {
+  const bool own = t.dtype() == t.b_dtype();
+  switch (t.dtype()) {
+    case Dtype::float32:
+      return update_tile<float, float, float>(shared.narrow, t, b, g, offset, n);
+    case Dtype::float64:
+      return update_tile<double, double, double>(shared.wide, t, b, g, offset, n);
+    case Dtype::bfloat16:
+      return own ? update_tile<float, __nv_bfloat16, __nv_bfloat16>(shared.narrow, t, b, g, offset, n)
+                 : update_tile<float, __nv_bfloat16, float>(shared.narrow, t, b, g, offset, n);
+    case Dtype::float16:
+      return own ? update_tile<float, __half, __half>(shared.narrow, t, b, g, offset, n)
+                 : update_tile<float, __half, float>(shared.narrow, t, b, g, offset, n);
+  }
+}
 
-template <bool kOnDevice, int kBytes>
-__global__ void __launch_bounds__(kThreads, kBlocks<kOnDevice>) step_kernel(const __grid_constant__ Table<kBytes> table) {
+// Blocks on a multiprocessor that registers must allow for: 40 of them a thread, or 64, which it takes to compute a row
+// in float64; for mixed dtypes one block less, with 48 or 80. Each has more than enough bytes under way for the memory
+// of the largest cards.
+template <bool kOnDevice, bool kMixed>
+constexpr int kBlocks = (kOnDevice ? 4 : 6) - kMixed;
+
+// kMixed: for any dtypes, and launched where those of some tensor are others than `is_usual` says. A kernel of its own,
+// so that the usual one carries neither its instructions nor its registers.
+template <bool kOnDevice, bool kMixed, int kBytes>
+__global__ void __launch_bounds__(kThreads, kBlocks<kOnDevice, kMixed>)
+    step_kernel(const __grid_constant__ Table<kBytes> table) {
   const Device& device = table.device;
   if (kOnDevice && device.found_inf != nullptr && *global(device.found_inf) != 0) return;
   __shared__ Shared shared;
@@ -213,22 +376,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kOnDevice>) step_kernel(cons
     const int n = static_cast<int>(t.numel - offset < kTile ? t.numel - offset : kTile);
     const void* g = t.kind == Kind::statistic ? nullptr : t.g;
     void* b = kOnDevice && shared.without_buffer ? nullptr : t.b;
-    const bool own = t.dtype() == t.b_dtype();
-    switch (t.dtype()) {
-      case Dtype::float32:
-        update_tile<float, float, float>(shared.narrow, t, b, g, offset, n);
-        break;
-      case Dtype::float64:
-        update_tile<double, double, double>(shared.wide, t, b, g, offset, n);
-        break;
-      case Dtype::bfloat16:
-        own ? update_tile<float, __nv_bfloat16, __nv_bfloat16>(shared.narrow, t, b, g, offset, n)
-            : update_tile<float, __nv_bfloat16, float>(shared.narrow, t, b, g, offset, n);
-        break;
-      case Dtype::float16:
-        own ? update_tile<float, __half, __half>(shared.narrow, t, b, g, offset, n)
-            : update_tile<float, __half, float>(shared.narrow, t, b, g, offset, n);
-        break;
+    if constexpr (kMixed) {
+      is_wide(t.dtype(), t.g_dtype(), t.b_dtype()) ? update_mixed_tile<double>(shared.wide, t, b, g, offset, n)
+                                                   : update_mixed_tile<float>(shared.narrow, t, b, g, offset, n);
+    } else {
+      update_usual_tile(shared, t, b, g, offset, n);
     }
   }
 
@@ -256,6 +408,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kOnDevice>) step_kernel(cons
 struct Extent {
   int64_t begin, end, tiles;
   int sources, bytes;
+  bool is_mixed;  // whether one of them has other dtypes than `is_usual` says
 
   int tensors() const { return static_cast<int>(end - begin); }
 };
@@ -266,13 +419,14 @@ bool new_source(const Tensor* tensors, int64_t i, int64_t begin) {
 }
 
 Extent extent_from(const Tensor* tensors, int64_t begin, int64_t n, int source_size) {
-  Extent extent{begin, begin, 0, 0, int{sizeof(int32_t)}};
+  Extent extent{begin, begin, 0, 0, int{sizeof(int32_t)}, false};
   for (int64_t i = begin; i < n; ++i) {
     const bool is_new = new_source(tensors, i, begin);
     const int bytes = extent.bytes + int{sizeof(Tensor) + sizeof(int32_t)} + is_new * source_size;
     const int64_t tiles = extent.tiles + tiles_of(tensors[i].numel, kTile);
     if (i > begin && (bytes > kMost || tiles >= INT32_MAX)) break;
-    extent = {begin, i + 1, tiles, extent.sources + is_new, bytes};
+    const bool is_mixed = extent.is_mixed || !is_usual(tensors[i].dtype(), tensors[i].g_dtype(), tensors[i].b_dtype());
+    extent = {begin, i + 1, tiles, extent.sources + is_new, bytes, is_mixed};
   }
   return extent;
 }
@@ -301,7 +455,8 @@ cudaError_t launch(cudaStream_t stream, const Tensor* tensors, int64_t n, const 
   *first = static_cast<int32_t>(tiles);
   const auto blocks = static_cast<unsigned>(tiles > 0 ? tiles : 1);
   void* arguments[] = {&table};
-  cudaLaunchKernel(step_kernel<kOnDevice, kBytes>, dim3(blocks), dim3(kThreads), arguments, 0, stream);
+  const auto kernel = extent.is_mixed ? step_kernel<kOnDevice, true, kBytes> : step_kernel<kOnDevice, false, kBytes>;
+  cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
   return cudaGetLastError();  // and leaves none for the next launch of somebody else
 }
 
@@ -355,8 +510,10 @@ extern "C" const char* texp_cuda_step(int device_index, void* stream, const texp
 
 extern "C" const char* texp_cuda_load(int device_index) {
   using texp::cuda::step_kernel;
-  const void* kernels[] = {reinterpret_cast<const void*>(step_kernel<true, texp::cuda::kSmall>),
-                           reinterpret_cast<const void*>(step_kernel<true, texp::cuda::kMost>)};
+  const void* kernels[] = {reinterpret_cast<const void*>(step_kernel<true, false, texp::cuda::kSmall>),
+                           reinterpret_cast<const void*>(step_kernel<true, false, texp::cuda::kMost>),
+                           reinterpret_cast<const void*>(step_kernel<true, true, texp::cuda::kSmall>),
+                           reinterpret_cast<const void*>(step_kernel<true, true, texp::cuda::kMost>)};
   const texp::cuda::CurrentDevice here(device_index);
   cudaError_t error = here.error;
   cudaFuncAttributes attributes;

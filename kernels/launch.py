@@ -28,9 +28,20 @@ _STEP = {"num_warps": 8, "enable_fp_fusion": True}  # fewer instructions, and on
 _ADVANCE = {"num_warps": 8, "enable_fp_fusion": False}  # P and κ are to have the bits that the host computes
 
 
-def tile_of(dtype: tl.dtype) -> int:
-    """Elements of a program: 8 for each thread, or 4, for want of registers; the interpreter likes fewer programs."""
-    return 1024 * (1 if dtype == tl.float64 else 2) * (4 if INTERPRETED else 1)
+# Of the byte of dtypes and flags those bits that are dtypes.
+_MASK = 0b11001111
+
+
+def types_of(types: int) -> tuple[tl.dtype, tl.dtype, tl.dtype]:
+    """Of p, g and b."""
+    return _TYPES[types & 3], _TYPES[types >> 6], _TYPES[types >> 2 & 3]
+
+
+def tile_of(types: int) -> int:
+    """Elements of a program: 8 for each thread, or 4 where the arithmetic is in float64, for want of registers; the
+    interpreter likes fewer programs.
+    """
+    return 1024 * (1 if tl.float64 in types_of(types) else 2) * (4 if INTERPRETED else 1)
 
 
 _TENSORS_OF_A_GROUP = 256  # that `advance` takes at once
@@ -39,7 +50,7 @@ _TENSORS_OF_A_GROUP = 256  # that `advance` takes at once
 class Launch(NamedTuple):
     """Of the kernel `step`, for all tensors of the same types."""
 
-    types: int  # dtype of p and g, and 4 times that of b
+    types: int  # the byte of a tensor's dtypes, without flags
     tiles: Tensor
 
 
@@ -89,7 +100,7 @@ class _Tables:
         with torch.device("cpu"):
             words = [torch.frombuffer(table, dtype=torch.int64) for table in tables]
             tensors = words[0].view(-1, _TENSOR)
-            sizes = torch.stack((tensors[:, 3], tensors[:, 4] >> 56 & 15))
+            sizes = torch.stack((tensors[:, 3], tensors[:, 4] >> 56 & _MASK))
             same = known_sizes is not None and torch.equal(sizes, known_sizes)
             tiles = {} if same else _tiles(*sizes)
             whole = torch.cat(words + list(tiles.values()))
@@ -114,7 +125,7 @@ def _tiles(numel: Tensor, types: Tensor) -> dict[int, Tensor]:
     made = {}
     for kind in types.unique().tolist():
         index = (types == kind).nonzero().squeeze(1)
-        tile = tile_of(_TYPES[kind & 3])
+        tile = tile_of(kind)
         counts = (numel[index] + tile - 1) // tile
         first = counts.cumsum(0) - counts
         total = int(counts.sum())
@@ -186,8 +197,7 @@ class Launcher:
 
     def _step(self, launches, tensors: Tensor, rows: Tensor, found_inf: Tensor, *, on_device: bool) -> None:
         for types, tiles in launches:
-            param, buf = _TYPES[types & 3], _TYPES[types >> 2]
-            arguments = (tensors, tiles, rows, found_inf, param, buf, tile_of(param), on_device)
+            arguments = (tensors, tiles, rows, found_inf, *types_of(types), tile_of(types), on_device)
             _launch(kernels.step, _STEP, len(tiles), tensors.device, *arguments)
 
 

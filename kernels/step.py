@@ -3,7 +3,8 @@
 Kernels read tables that texp.kernels.launch uploads, as 64-bit words; csrc/cuda.h has the same layout as C++ structs:
 
     tensors  5 words each: p, g (of a statistic: its power, a float64), b, how many elements, and a word of fields:
-             slot (bits 0 to 31), source (32 to 47), kind (48 to 55), dtypes and flags (56 to 63)
+             slot (bits 0 to 31), source (32 to 47), kind (48 to 55), dtypes of p (56 and 57), of b (58 and 59) and
+             of g (62 and 63), flags (60 and 61)
     groups   7 words each: lr, momentum, dampening, weight decay, the group's state, and two words of bytes:
              where each of the four numbers is, nesterov; maximize, scale-invariant, unbuffered
     rows     10 float64 each, in the order of texp.theory.Row
@@ -38,6 +39,14 @@ def _plus(a, x, y):
 
 
 @triton.jit
+def _narrow(x, E: tl.constexpr):
+    """Rounded to the type E: from float64 to 16 bits by way of float32, as torch and the other kernels do."""
+    if E.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
+    return x.to(E)
+
+
+@triton.jit
 def _update(row, p, g, b, offsets, mask, T: tl.constexpr):
     """The four equations of texp.theory.Row, in the type T; p and b are modified in place."""
     # Compared after they are broadcast: the interpreter makes integers of a truth that it broadcasts, and from 3.9 on
@@ -52,17 +61,19 @@ def _update(row, p, g, b, offsets, mask, T: tl.constexpr):
     s_p, e, r_u, r_d = tl.load(row + 6).to(T), tl.load(row + 7).to(T), tl.load(row + 8).to(T), tl.load(row + 9).to(T)
     u = _plus(a_b, buf, _plus(a_p, weight, _times(a_g, grad)))
     d = _plus(c_u, u, _plus(c_p, weight, _times(c_g, grad)))
-    tl.store(p + offsets, (s_p * weight - e * d).to(p.dtype.element_ty), mask)
-    buf = _plus(r_d, d, r_u * u).to(b.dtype.element_ty)
+    tl.store(p + offsets, _narrow(s_p * weight - e * d, p.dtype.element_ty), mask)
+    buf = _narrow(_plus(r_d, d, r_u * u), b.dtype.element_ty)
     tl.store(b + offsets, buf, mask & has_b, eviction_policy="evict_first")
 
 
 # A compiled kernel is launched again whatever it is given: nothing of its arguments is compiled in.
 @triton.jit(do_not_specialize_on_alignment=["tensors", "tiles", "rows", "found_inf"])
 def step(
-    tensors, tiles, rows, found_inf, P: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, ON_DEVICE: tl.constexpr
-):
-    """Steps TILE elements of a tensor whose elements are of type P, those of its buffer of type B.
+    tensors, tiles, rows, found_inf,
+    P: tl.constexpr, G: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, ON_DEVICE: tl.constexpr,
+):  # fmt: skip
+    """Steps TILE elements of a tensor whose elements are of type P, those of its gradient of type G and those of its
+    buffer of type B; each is converted to the type of the arithmetic, which is float64 if one of them is.
 
     ON_DEVICE: each tensor has a row of its own, left by `advance`, and nothing is changed if found_inf is not 0;
     otherwise the table says which row, and found_inf is not read.
@@ -70,7 +81,8 @@ def step(
     if ON_DEVICE:
         if tl.load(found_inf) != 0:
             return
-    T: tl.constexpr = tl.float64 if P.primitive_bitwidth == 64 else tl.float32
+    WIDEST: tl.constexpr = max(P.primitive_bitwidth, G.primitive_bitwidth, B.primitive_bitwidth)
+    T: tl.constexpr = tl.float64 if WIDEST == 64 else tl.float32
     tile = tl.load(tiles + tl.program_id(0))
     index, first = tile >> 32, (tile & 0xFFFFFFFF) * TILE
     tensor = tensors + 5 * index
@@ -83,15 +95,15 @@ def step(
     count = tl.minimum(left, TILE).to(tl.int32)
     # Null pointers stay null, so that _update sees them.
     p = p + first * (P.primitive_bitwidth // 8)
-    g = tl.where(g == 0, 0, g + first * (P.primitive_bitwidth // 8))
+    g = tl.where(g == 0, 0, g + first * (G.primitive_bitwidth // 8))
     b = tl.where(b == 0, 0, b + first * (B.primitive_bitwidth // 8))
-    p_at, g_at, b_at = p.to(tl.pointer_type(P)), g.to(tl.pointer_type(P)), b.to(tl.pointer_type(B))
+    p_at, g_at, b_at = p.to(tl.pointer_type(P)), g.to(tl.pointer_type(G)), b.to(tl.pointer_type(B))
     if ((p | g | b) & 15) == 0:
         whole = count // VECTOR * VECTOR
         offsets = tl.arange(0, TILE)
         # Pointers of their own, for what is said of them holds in this branch only.
         aligned_p = tl.multiple_of(p.to(tl.pointer_type(P)), 16)
-        aligned_g = tl.multiple_of(g.to(tl.pointer_type(P)), 16)
+        aligned_g = tl.multiple_of(g.to(tl.pointer_type(G)), 16)
         aligned_b = tl.multiple_of(b.to(tl.pointer_type(B)), 16)
         _update(row, aligned_p, aligned_g, aligned_b, offsets, offsets < tl.multiple_of(whole, 16), T)
         if whole < count:

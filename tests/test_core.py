@@ -3,6 +3,7 @@
 import os
 from fractions import Fraction
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -75,15 +76,18 @@ def poisoned(values: torch.Tensor, dtype: torch.dtype, offset: int) -> tuple[tor
     return inside, storage
 
 
-def write_everything(row: Row, sizes: list[int], dtype: torch.dtype, wide: torch.dtype, offset: int) -> None:
-    """All sizes in one step, each with and without gradient and buffer; no other element is written."""
+def write_everything(row: Row, sizes: list[int], dtypes: tuple[torch.dtype, ...], offset: int) -> None:
+    """All sizes in one step, each with and without gradient and buffer; no other element is written.
+
+    dtypes: of parameter, gradient and buffer.
+    """
     entries, checks = [], []
     for size in sizes:
         for with_grad, with_buf in ((True, True), (True, False), (False, True), (False, False)):
             start = (torch.arange(size) % 50 * 2).double()
-            p, p_storage = poisoned(start, dtype, offset)
-            b, b_storage = poisoned(start + 2, wide, offset)
-            g = torch.full((size + offset,), 4.0, dtype=dtype)[offset:]
+            p, p_storage = poisoned(start, dtypes[0], offset)
+            b, b_storage = poisoned(start + 2, dtypes[2], offset)
+            g = torch.full((size + offset,), 4.0, dtype=dtypes[1])[offset:]
             entries.append(Entry(p, g if with_grad else None, b if with_buf else None))
             p_next, b_next = applied(row, start, 4.0 if with_grad else 0.0, start + 2 if with_buf else 0.0)
             checks.append((p, p_storage, p_next))
@@ -101,7 +105,13 @@ def write_everything(row: Row, sizes: list[int], dtype: torch.dtype, wide: torch
 @pytest.mark.parametrize("name", ROWS)
 def test_every_element_is_written_once_and_no_other(variant, dtype, wide_buf, offset, name):
     wide = torch.promote_types(dtype, torch.float32) if wide_buf else dtype
-    write_everything(ROWS[name], SIZES, dtype, wide, offset)
+    write_everything(ROWS[name], SIZES, (dtype, dtype, wide), offset)
+
+
+@pytest.mark.parametrize("dtypes", list(product(DTYPES, repeat=3)), ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_of_any_mix_of_dtypes(variant, dtypes, offset):
+    write_everything(ROWS["all terms"], SIZES, dtypes, offset)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
@@ -110,7 +120,7 @@ def test_by_several_threads_too(threads, name):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        write_everything(ROWS[name], [*SIZES, 32_769, 50_001], torch.float32, torch.float32, 1)
+        write_everything(ROWS[name], [*SIZES, 32_769, 50_001], (torch.float32,) * 3, 1)
     finally:
         torch.set_num_threads(before)
 
@@ -228,6 +238,9 @@ def test_every_instruction_set_gives_the_same_bits():
             core.use_cpu_variant(name)
             generator = torch.Generator().manual_seed(0)
             entries = []
+            for dtypes in product(DTYPES, repeat=3):
+                p, g, b = (torch.randn(1003, generator=generator).to(dtype) for dtype in dtypes)
+                entries.append(Entry(p, g, b))
             for dtype in DTYPES:
                 p, g, b = (torch.randn(1003, generator=generator).to(dtype) for _ in "pgb")
                 wide = b.float() if dtype != torch.float64 else b.clone()

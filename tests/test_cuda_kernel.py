@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,8 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
 
 def ctensor(entry: Entry, source: int, kind: int = FIXED, slot: int = 0) -> CTensor:
     p, g, b = entry
-    dtypes = DTYPES.index(p.dtype) + 4 * DTYPES.index(p.dtype if b is None else b.dtype)
+    of_p, of_g, of_b = (DTYPES.index((p if x is None else x).dtype) for x in entry)
+    dtypes = of_p | of_b << 2 | of_g << 6
     return CTensor(pointer(p), pointer(g), pointer(b), p.numel(), slot, source, kind, dtypes)
 
 
@@ -162,6 +164,22 @@ SIZES = [0, 1, 3, 4, 5, 255, 1023, 1024, 1025, TILE - 1, TILE, TILE + 1, 2 * TIL
 @pytest.mark.parametrize("hyper", HYPERS, ids=str)
 def test_it_has_the_bits_of_the_cpu(kernel, hyper):
     """Every dtype, with and without gradient and buffer, aligned or not, in one launch, between poisoned elements."""
+    usual = [
+        (dtype, dtype, b_dtype)
+        for dtype in DTYPES
+        for b_dtype in (dtype, torch.float32 if dtype != torch.float64 else None, None)
+    ]
+    assert check_bits(kernel, hyper, SIZES, usual) == 1
+
+
+@pytest.mark.parametrize("hyper", HYPERS[-3:], ids=str)
+def test_any_mix_of_dtypes_has_them_too(kernel, hyper):
+    """Those among them that the usual kernel takes go the same way as the others."""
+    check_bits(kernel, hyper, [0, 1, 3, 5, 1023, 1025, TILE + 1], list(product(DTYPES, DTYPES, [*DTYPES, None])))
+
+
+def check_bits(kernel, hyper: Hyperparameters, sizes: list[int], mixes: list[tuple]) -> int:
+    """Returns how many launches it took. mixes: dtypes of p, g and b, or None where there is no buffer."""
     generator = torch.Generator().manual_seed(0)
     entries, twins = [], []
 
@@ -171,19 +189,18 @@ def test_it_has_the_bits_of_the_cpu(kernel, hyper):
         inside.copy_(torch.randn(size, generator=generator))
         return inside, storage
 
-    for i, size in enumerate(SIZES):
-        for dtype in DTYPES:
-            for b_dtype in {dtype, torch.float32 if dtype != torch.float64 else dtype, None}:
-                offsets = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 3, 3)][i % 5]
-                (p, p_storage), (g, g_storage) = (make(size, dtype, offset) for offset in offsets[:2])
-                b, b_storage = (None, None) if b_dtype is None else make(size, b_dtype, offsets[2])
-                row = rows_of(hyper)[(i + len(entries)) % 3]
-                g = g if (i + len(entries)) % 3 != 2 else None  # idle rows are for tensors without one
-                entries.append((row, Entry(p, g, b)))
-                twins.append(
-                    (Entry(*(x if x is None else x.clone() for x in (p, g, b))), p_storage, b_storage, g_storage)
-                )
-    assert apply(kernel, entries) == 1
+    for i, size in enumerate(sizes):
+        for p_dtype, g_dtype, b_dtype in mixes:
+            offsets = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 3, 3)][i % 5]
+            (p, p_storage), (g, g_storage) = make(size, p_dtype, offsets[0]), make(size, g_dtype, offsets[1])
+            b, b_storage = (None, None) if b_dtype is None else make(size, b_dtype, offsets[2])
+            row = rows_of(hyper)[(i + len(entries)) % 3]
+            g = g if (i + len(entries)) % 3 != 2 else None  # idle rows are for tensors without one
+            entries.append((row, Entry(p, g, b)))
+            twins.append(
+                (Entry(*(x if x is None else x.clone() for x in (p, g, b))), p_storage, b_storage, g_storage)
+            )
+    launches = apply(kernel, entries)
     for (row, (p, g, b)), (twin, p_storage, b_storage, g_storage) in zip(entries, twins, strict=True):
         core.apply(row, [twin])
         assert same_bits(p, twin.param)
@@ -193,6 +210,7 @@ def test_it_has_the_bits_of_the_cpu(kernel, hyper):
             if inside is not None:
                 inside.fill_(POISON)
                 assert (storage == POISON).all()
+    return launches
 
 
 def test_more_tensors_and_rows_than_fit_one_launch(kernel):
@@ -382,15 +400,29 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "of_grads"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_whole_steps_with_and_without_a_scaler(kernel, name, dtype):
+def test_whole_steps_with_and_without_a_scaler(kernel, name, dtype, of_grads):
     """Some skipped, the first among them; late and missing gradients, momentum that comes late, norm_stats, several
     groups: the bits of the CPU, which decides on the host what the kernel decides by itself."""
+    if of_grads != dtype and not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch keeps gradients in the dtype of their parameters")
     runs = []
     for launcher in (None, Launcher(kernel)):
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((5, 3), (), (0,), (4097,), (7,))]
+        for p in params if of_grads != dtype else ():
+            p.grad_dtype = of_grads
         stat = torch.ones(3)
         groups = [{"params": params[:3], "norm_stats": [(stat, 2)]}, {"params": params[3:], "lr": 0.05}]
         optimizer = texp.SGD(groups, backend="cpu", **ARGUMENTS[name])
@@ -399,7 +431,7 @@ def test_whole_steps_with_and_without_a_scaler(kernel, name, dtype):
         for t in range(14):
             torch.manual_seed(100 + t)
             for i, p in enumerate(params):
-                p.grad = None if (i, t) in ((1, 0), (1, 1), (0, 4), (4, 6)) else torch.randn(p.shape).to(dtype)
+                p.grad = None if (i, t) in ((1, 0), (1, 1), (0, 4), (4, 6)) else torch.randn(p.shape).to(of_grads)
             if t == 8 and not ARGUMENTS[name].get("nesterov"):
                 optimizer.param_groups[1]["momentum"] = 0.5
             scaled = t % 5 < 4

@@ -51,7 +51,17 @@ def optimizer_in_mid_run() -> texp.SGD:
         optimizer.step()
     buf = optimizer.state[params[1]]
     buf["momentum_buffer"] = buf["momentum_buffer"].float()
+    of_other_dtypes(params)
     return optimizer
+
+
+def of_other_dtypes(params: list[nn.Parameter]) -> None:
+    """Gradients, where torch keeps them in the dtype in which they come."""
+    if hasattr(torch.Tensor, "grad_dtype"):
+        for p, dtype in ((params[1], torch.float32), (params[6], torch.float64), (params[8], torch.bfloat16)):
+            p.grad = None
+            p.grad_dtype = dtype
+            p.grad = torch.full(p.shape, 0.5, dtype=dtype)
 
 
 def decoded(tensors: bytearray, rows: bytearray) -> list[tuple]:
@@ -95,6 +105,9 @@ def test_both_walks_on_a_device_make_the_same_tables(capturing):
     for p in params[:7] + params[8:]:
         p.grad = torch.ones_like(p)
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    of_other_dtypes(params)
+    optimizer.state[params[2]]["momentum_buffer"] = torch.zeros(0, dtype=torch.float64)
+    optimizer.state[params[8]]["momentum_buffer"] = torch.zeros(8, dtype=torch.float16)
     if not capturing:
         params[0].grad = params[3].grad = None
         params[7].requires_grad_(False)

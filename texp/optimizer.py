@@ -4,6 +4,7 @@ backends (tensors); which row applies to which tensor is in `texp.plan` and csrc
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -205,25 +206,23 @@ class SGD(torch.optim.Optimizer):
         if groups.is_exponential(param_group):
             self._given[len(self.param_groups) - 1] = folding.given(param_group["params"])
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes one step.
+    def step(self, *args, **kwargs) -> Any:
+        """step(closure=None): takes one step.
 
         Args:
             closure: reevaluates the model and returns the loss.
 
         Returns what the closure returned, or None.
         """
-        return (self._untraced_step if torch.compiler.is_compiling() else self._hooked_step)(closure)
+        return (self._untraced_step if torch.compiler.is_compiling() else self._hooked_step)(args, kwargs)
 
-    step.hooked = True  # tells torch that step() itself sees to the hooks
+    step.hooked = True  # tells torch that step() itself sees to the hooks, which see how it was called
 
-    def _hooked_step(self, closure: Callable[[], Any] | None) -> Any:
+    def _hooked_step(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         try:
             # What torch wraps around a step, hooks and a record for the profiler, costs as much as a step of a small
             # model: it is left out where nobody looks.
-            if not self._is_observed():
-                return self._step(closure)
-            return self._observed_step() if closure is None else self._observed_step(closure)
+            return (self._observed_step if self._is_observed() else self._step)(*args, **kwargs)
         except BaseException:
             # A GradScaler would take them away after the step; left here they would go into the next one.
             for name in ("grad_scale", "found_inf"):
@@ -351,6 +350,7 @@ class SGD(torch.optim.Optimizer):
         self._read_back()
         self._device = None
 
+    step.__signature__ = inspect.signature(_step)
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     @torch.enable_grad()

@@ -44,10 +44,6 @@ def refusal(entry: Entry, cpu: bool, cuda: bool, shared: set[int]) -> str | None
             return f"{who} holds several elements in one place (expanded)"
     if not (cpu if p.device.type == "cpu" else cuda and p.device.type == "cuda"):
         return "the parameter is on a device whose kernel is not asked for or cannot be used here"
-    if g is not None and g.dtype != p.dtype:
-        return "its gradient has another dtype"
-    if b is not None and b.dtype not in (p.dtype, torch.promote_types(p.dtype, torch.float32)):
-        return "its momentum buffer is neither of its dtype nor float32"
     if id(p) in shared or id(b) in shared:
         return "the parameter or its buffer lies in memory that another tensor of this step lies in, too"
     return None
@@ -83,8 +79,7 @@ class Table:
             if not _same_layout(dense, b):
                 b = self._copied(b, torch.empty_like(dense, dtype=b.dtype), write_back=True)
         self._written.append(p)
-        dtypes = _DTYPES.index(p.dtype) + 4 * _DTYPES.index(p.dtype if b is None else b.dtype)
-        numbers = (_address(b), p.numel(), slot, source, kind, dtypes | flags)
+        numbers = (_address(b), p.numel(), slot, source, kind, _dtypes(entry) | flags)
         if kind == STATISTIC:
             self.tensors += _WITH_POWER.pack(dense.data_ptr(), power, *numbers)
         else:
@@ -102,6 +97,12 @@ class Table:
         if write_back:
             self._written_back.append((x, copy))
         return copy
+
+
+def _dtypes(entry: Entry) -> int:
+    """That of p in bits 0 and 1, of b in 2 and 3, of g in 6 and 7; what is not there counts as p, for fewer mixes."""
+    p, g, b = (_DTYPES.index((entry.param if x is None else x).dtype) for x in entry)
+    return p | b << 2 | g << 6
 
 
 def _address(x: Tensor | None) -> int:
