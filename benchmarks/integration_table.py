@@ -22,7 +22,7 @@ ROWS = {
     "test_lightning": (
         "Lightning",
         "lightning",
-        "clipping, accumulation, bf16, a GradScaler in fp16, resuming in mid-epoch, weight averaging, `FoldCallback`",
+        "clipping, accumulation, bf16, a GradScaler, resuming in mid-epoch, averaging, Fabric, `FoldCallback`",
     ),
     "test_transformers": (
         "transformers' Trainer",
