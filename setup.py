@@ -84,7 +84,7 @@ if NO_CORE:
 # The Triton kernels live in the folder kernels/ and are imported as texp.kernels: there is another `kernels` on
 # PyPI, so that name is never installed at the top level. The core's sources travel along, for the first use to build.
 setup(
-    packages=["texp", "texp.kernels", "texp.csrc"],
+    packages=["texp", "texp.integrations", "texp.kernels", "texp.csrc"],
     package_dir={"texp.kernels": "kernels", "texp.csrc": "csrc"},
     package_data={"texp.csrc": ["*"]},
     ext_modules=[] if NO_CORE else [Extension("texp._C", [])],

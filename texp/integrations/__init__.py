@@ -1,0 +1,1 @@
+"""Callbacks for other frameworks, each in a module that imports its framework."""
