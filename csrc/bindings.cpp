@@ -49,8 +49,8 @@ MomentumDtype momentum_dtype_of(const py::object& dtype) {
 //
 // `check` is called with that list, if it is not empty, before anything is changed; it may raise. cpu, cuda: who takes
 // tensors there: False for nobody, True for the kernel of this library, or one that is called, see csrc/launch.h.
-// norm_stats: a list of texp.norm_stats.NormStat for each group. momentum_dtype: a torch.dtype or None.
-py::list step(const py::list& groups, const py::list& norm_stats, const py::dict& state, double grad_scale,
+// norm_stats: a texp.norm_stats.NormStats. momentum_dtype: a torch.dtype or None.
+py::list step(const py::list& groups, const py::dict& norm_stats, const py::dict& state, double grad_scale,
               const py::object& momentum_dtype, const py::object& check, const py::object& cpu, const py::object& cuda) {
   at::NoGradGuard no_grad;
   UsedWalk used;
@@ -72,7 +72,7 @@ py::list step(const py::list& groups, const py::list& norm_stats, const py::dict
 // Takes one step of groups whose scales are on a device. Returns why it cannot be taken in this way, and then changes
 // nothing, or None. grad_scale, found_inf: float32 tensors of one element on the device, or None. capturing: whether the
 // step is not taken now, but recorded in a graph. kernel: see DeviceWalk.
-py::object step_on_device(const py::list& groups, const py::list& norm_stats, const py::dict& state,
+py::object step_on_device(const py::list& groups, const py::dict& norm_stats, const py::dict& state,
                           const py::object& momentum_dtype, const py::object& states, const py::object& started,
                           const py::object& ticket, const py::object& grad_scale, const py::object& found_inf,
                           bool capturing, const py::object& kernel) {

@@ -33,7 +33,7 @@ class DeviceWalk {
 
   // Walks over the groups and changes nothing. Returns why the step cannot be taken in this way, or null;
   // the text lives as long as this object.
-  const char* walk(const py::list& groups, const py::list& norm_stats, const py::dict& state) {
+  const char* walk(const py::list& groups, const py::dict& norm_stats, const py::dict& state) {
     found_ = found_stats(groups, norm_stats);
     const char* why = nullptr;
     try {

@@ -115,14 +115,11 @@ inline void drop_if_empty(const py::dict& state, py::handle param) {
 
 // The statistics of each group and their powers of P, as texp.norm_stats finds them; null: no group has any. Runs Python
 // code.
-inline py::object found_stats(const py::list& groups, const py::list& norm_stats) {
-  bool any = PyList_GET_SIZE(norm_stats.ptr()) != PyList_GET_SIZE(groups.ptr());
-  for (Py_ssize_t i = 0; !any && i < PyList_GET_SIZE(groups.ptr()); ++i) {
-    PyObject* stats = PyList_GET_ITEM(norm_stats.ptr(), i);
-    any = !PyList_CheckExact(stats) || PyList_GET_SIZE(stats) != 0 ||
-          item(PyList_GET_ITEM(groups.ptr(), i), names().norm_stats) != nullptr;
-  }
-  return any ? py::module_::import("texp.norm_stats").attr("found")(groups, norm_stats) : py::object();
+inline py::object found_stats(const py::list& groups, const py::dict& norm_stats) {
+  bool any = PyDict_GET_SIZE(norm_stats.ptr()) != 0;
+  for (Py_ssize_t i = 0; !any && i < PyList_GET_SIZE(groups.ptr()); ++i)
+    any = item(PyList_GET_ITEM(groups.ptr(), i), names().norm_stats) != nullptr;
+  return any ? norm_stats.attr("found")(groups) : py::object();
 }
 
 // Calls `each` with every statistic of a group and its power.

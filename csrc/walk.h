@@ -76,7 +76,7 @@ class Walk {
   }
 
   // Walks over the groups and changes nothing. cpu, cuda: who takes the tensors there.
-  void walk(const py::list& groups, const py::list& norm_stats, const py::dict& state, double grad_scale,
+  void walk(const py::list& groups, const py::dict& norm_stats, const py::dict& state, double grad_scale,
             const MomentumDtype& momentum_dtype, const Taker& cpu, const Taker& cuda) {
     start(cpu, cuda);
     momentum_dtype_ = momentum_dtype;

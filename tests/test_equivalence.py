@@ -173,7 +173,7 @@ def test_there_and_back_in_the_middle_of_a_run(target, nesterov):
 
     recipe.train(model, optimizer, schedule, range(0, 50))
     optimizer, schedule = move(target.sgd)
-    assert optimizer.param_groups[0].keys() == torch.optim.SGD([torch.ones(1)]).param_groups[0].keys()
+    assert not {"scale", "scale_invariant"} & optimizer.param_groups[0].keys()
     recipe.train(model, optimizer, schedule, range(50, 70))
     optimizer.param_groups[0]["scale_invariant"] = True
     recipe.train(model, optimizer, schedule, range(70, 120))

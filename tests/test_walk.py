@@ -80,7 +80,7 @@ def test_both_walks_ask_the_same_of_a_kernel():
         torch.manual_seed(0)
         optimizer = optimizer_in_mid_run()
         calls = []
-        given = (optimizer.param_groups, optimizer.norm_stats, optimizer.state, 4.0, None)
+        given = (optimizer.param_groups, optimizer._norm_stats, optimizer.state, 4.0, None)
         assert not of.step(*given, None, recorder(calls), False)
         ((device, tensors, rows),) = calls
         told.append((device, decoded(tensors, rows), [scale_of(group) for group in optimizer.param_groups]))
@@ -116,7 +116,7 @@ def test_both_walks_on_a_device_make_the_same_tables(capturing):
     for of in (core, Walk()):
         calls = []
         on_device = of_groups.states, of_groups.started, of_groups.ticket
-        given = (optimizer.param_groups, optimizer.norm_stats, optimizer.state, None)
+        given = (optimizer.param_groups, optimizer._norm_stats, optimizer.state, None)
         why = of.step_on_device(*given, *on_device, None, None, capturing, recorder(calls))
         told.append((why, calls))
     assert told[0] == told[1]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from texp import backends, groups, norm_stats, plan, theory
+from texp import backends, groups, plan, theory
 from texp.memory import PLAIN
 from texp.reference import Entry
 from texp.theory import Row, Scale
@@ -80,13 +80,13 @@ def _put_back(now: Tensor | None, saved: Tensor | None, where: Tensor | None) ->
 
 def _items(optimizer: Any) -> list[_Item]:
     """All that fold() changes; raises, before anything is changed, where that is not all that it would have to."""
-    found = norm_stats.found(optimizer.param_groups, optimizer.norm_stats)
+    found = optimizer._norm_stats.found(optimizer.param_groups)
     items = []
     for index, (group, stats) in enumerate(zip(optimizer.param_groups, found, strict=True)):
         scale = groups.scale_of(group)
         if (scale.P, scale.kappa) == (1.0, 0.0):
             continue
-        _refuse_copies(index, group, optimizer._given.get(index, ()))
+        _refuse_copies(index, group, optimizer._given_to(group))
         weight = theory.fold_row(scale), theory.unfold_row(scale)
         grown, shrunk = Row(s_p=scale.P), Row(s_p=1 / scale.P)
         elsewhere = _stepped_elsewhere(optimizer, index)
@@ -114,11 +114,16 @@ def _stepped_elsewhere(optimizer: Any, index: int) -> list[Tensor]:
     """Parameters of the group that are in this process's model, but stepped by others, under
     torch.distributed.optim.ZeroRedundancyOptimizer. Their momentum is elsewhere too.
     """
-    zero = _zero_of(optimizer)
-    if zero is None:
-        return []
     own = {id(p) for p in optimizer.param_groups[index]["params"]}
-    return [p for p in zero.param_groups[index]["params"] if id(p) not in own]
+    return [p for group in exposed(optimizer)[index : index + 1] for p in group["params"] if id(p) not in own]
+
+
+def exposed(optimizer: Any) -> list[dict[str, Any]]:
+    """The groups that ZeroRedundancyOptimizer shows, of all processes' parameters. Their options take the place of
+    the optimizer's at every step.
+    """
+    zero = _zero_of(optimizer)
+    return [] if zero is None else zero.param_groups
 
 
 def _zero_of(optimizer: Any) -> Any:
@@ -184,10 +189,13 @@ def _set_scales(optimizer: Any, scales: list[Scale]) -> None:
     for group, scale in zip(optimizer.param_groups, scales, strict=False):  # a group may have been added
         if scale != groups.scale_of(group):
             groups.set_scale(group, scale)
+    for group, scale in zip(exposed(optimizer), scales, strict=False):
+        if scale != groups.scale_of(group):
+            groups.set_scale(group, scale)
     if optimizer._device is not None:
         optimizer._device.write(optimizer.state)
 
 
 def given(params: list[Tensor]) -> tuple[weakref.ref, ...]:
-    """What a group in exponential form was given, for fold() to see whether it still holds all of it."""
+    """What a group was given, for fold() to see whether it still holds all of it."""
     return tuple(map(weakref.ref, params))

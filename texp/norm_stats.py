@@ -112,41 +112,51 @@ def parsed(given: Any) -> list[NormStat]:
     return stats
 
 
-def take(param_groups: list[dict[str, Any]], norm_stats: list[list[NormStat]]) -> None:
-    """Moves what somebody has put into groups, as group["norm_stats"], into `norm_stats`, and makes that as long.
-
-    Raises ValueError, and changes nothing, where it cannot.
+class NormStats(dict):
+    """Those of all groups of an optimizer that have any: id of the group to the group and its list. They belong to
+    the group itself, wherever it stands: DeepSpeed steps one group at a time.
     """
-    given = {}
-    for i, group in enumerate(param_groups):
-        if "norm_stats" in group:
-            try:
-                given[i] = parsed(group["norm_stats"])
-            except ValueError as error:
-                raise ValueError(f"parameter group {i}: {error}") from None
-    if len(norm_stats) > len(param_groups) and any(norm_stats):
-        raise ValueError(
-            f"there are norm_stats for {len(norm_stats)} parameter groups, but {len(param_groups)} groups: take "
-            "those of groups that were removed out of optimizer.norm_stats"
-        )
-    del norm_stats[len(param_groups) :]
-    norm_stats.extend([] for _ in range(len(param_groups) - len(norm_stats)))
-    for i, stats in given.items():
-        del param_groups[i]["norm_stats"]
-        norm_stats[i] = stats
 
+    exposed: Callable[[], list[dict[str, Any]]] = list
+    """Returns groups that a wrapper of the optimizer shows in place of these, and may write into them."""
 
-def found(param_groups: list[dict[str, Any]], norm_stats: list[list[NormStat]]) -> Found:
-    """The tensors of this step; called by the C++ core too. Those of ordinary groups are not looked for.
+    def of(self, group: dict[str, Any]) -> list[NormStat]:
+        return self[id(group)][1] if id(group) in self else []
 
-    Raises ValueError where one can no longer be found, or cannot be scaled.
-    """
-    if len(norm_stats) != len(param_groups) or any("norm_stats" in group for group in param_groups):
-        take(param_groups, norm_stats)
-    return [
-        _found(i, stats) if stats and groups.is_exponential(group) else []
-        for i, (group, stats) in enumerate(zip(param_groups, norm_stats, strict=True))
-    ]
+    def put(self, group: dict[str, Any], stats: list[NormStat]) -> None:
+        self.pop(id(group), None)
+        if stats:
+            self[id(group)] = group, stats
+
+    def take(self, param_groups: list[dict[str, Any]]) -> None:
+        """Takes over what somebody has put into groups, as group["norm_stats"].
+
+        Raises ValueError, and changes nothing, where it cannot.
+        """
+        given = []
+        for i, group in enumerate(param_groups):
+            if "norm_stats" in group:
+                try:
+                    given.append((group, parsed(group["norm_stats"])))
+                except ValueError as error:
+                    raise ValueError(f"parameter group {i}: {error}") from None
+        for group, stats in given:
+            del group["norm_stats"]
+            self.put(group, stats)
+        for group in self.exposed():
+            group.pop("norm_stats", None)
+
+    def found(self, param_groups: list[dict[str, Any]]) -> Found:
+        """The tensors of this step; called by the C++ core too. Those of ordinary groups are not looked for.
+
+        Raises ValueError where one can no longer be found, or cannot be scaled.
+        """
+        if any("norm_stats" in group for group in param_groups):
+            self.take(param_groups)
+        return [
+            _found(i, self.of(group)) if id(group) in self and groups.is_exponential(group) else []
+            for i, group in enumerate(param_groups)
+        ]
 
 
 def _found(index: int, stats: list[NormStat]) -> list[tuple[Tensor, float]]:

@@ -5,6 +5,7 @@ backends (tensors); which row applies to which tensor is in `texp.plan` and csrc
 import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,11 +15,23 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from texp import backends, folding, groups, norm_stats, plan, theory
 from texp.folding import Folded
-from texp.norm_stats import NormStat
+from texp.norm_stats import NormStat, NormStats
 from texp.on_device import OnDevice
 from texp.torch_internals import disable_dynamo, has_global_step_hooks
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _of_the_optimizer(method: Callable) -> Callable:
+    """Lightning's wrappers are of a subclass of what they wrap: methods would assign to the wrapper instead."""
+
+    @functools.wraps(method)
+    def call(self: "SGD", *args, **kwargs) -> Any:
+        while "_optimizer" in self.__dict__:
+            self = self.__dict__["_optimizer"]
+        return method(self, *args, **kwargs)
+
+    return call
 
 
 class SGD(torch.optim.Optimizer):
@@ -130,7 +143,6 @@ class SGD(torch.optim.Optimizer):
         self._backend = backend
         self.capturable = capturable
         self.momentum_dtype = momentum_dtype
-        self.norm_stats: list[list[NormStat]] = []
         self._step_supports_amp_scaling = bool(fused)  # torch's name: whether a GradScaler leaves gradients scaled
         self._set_unfolded()
         self._find_kernels()
@@ -152,7 +164,9 @@ class SGD(torch.optim.Optimizer):
         self._contexts = 0  # `with optimizer.folded()` that have not ended
         self._evaluating = False  # between eval() and train()
         self._rest: plan.Rest | None = None  # of the step that is under way
-        self._given: dict[int, tuple] = {}  # what groups in exponential form were given
+        self._given: list[tuple[dict[str, Any], tuple]] = []  # the parameters that each group was given
+        self._norm_stats = NormStats()
+        self._norm_stats.exposed = functools.partial(folding.exposed, weakref.proxy(self))
         self._zero: Callable[[], Any] | None = None  # the ZeroRedundancyOptimizer around this, once it was looked for
 
     def _find_kernels(self, more_params: Iterable[Tensor] = ()) -> None:
@@ -200,12 +214,10 @@ class SGD(torch.optim.Optimizer):
             if self.capturable and self._kernels.scale_on is None:
                 backends.refuse_capturable()
             groups.set_keys(param_group, self.defaults)
-            del self.norm_stats[len(self.param_groups) :]
-            self.norm_stats.append(stats)
         self._leave_device()
         super().add_param_group(param_group)
-        if groups.is_exponential(param_group):
-            self._given[len(self.param_groups) - 1] = folding.given(param_group["params"])
+        self._given.append((param_group, folding.given(param_group["params"])))
+        self._norm_stats.put(param_group, stats)
 
     def step(self, *args, **kwargs) -> Any:
         """step(closure=None): takes one step.
@@ -269,11 +281,11 @@ class SGD(torch.optim.Optimizer):
             self._differentiable_step()
         elif core is None or (cuda and torch.cuda.is_current_stream_capturing()):
             # What the host computes is in a graph for ever: for ordinary groups that is torch's own step.
-            stats = norm_stats.found(self.param_groups, self.norm_stats)
+            stats = self._norm_stats.found(self.param_groups)
             plan.step(self.param_groups, stats, self.state, grad_scale, self.momentum_dtype)
             self._find_kernels_if_moved(p for group in self.param_groups for p in group["params"])
         else:
-            given = self.param_groups, self.norm_stats, self.state, grad_scale, self.momentum_dtype
+            given = self.param_groups, self._norm_stats, self.state, grad_scale, self.momentum_dtype
             if core.step(*given, self._check_rest, cpu, cuda):
                 rest, self._rest = self._rest, None
                 rest.do()
@@ -330,7 +342,7 @@ class SGD(torch.optim.Optimizer):
             )
             why = self._kernels.core.step_on_device(
                 self.param_groups,
-                self.norm_stats,
+                self._norm_stats,
                 self.state,
                 self.momentum_dtype,
                 of.states,
@@ -385,6 +397,7 @@ class SGD(torch.optim.Optimizer):
                 for param, buf in zip(params, bufs, strict=True):
                     self.state[param]["momentum_buffer"] = buf
 
+    @_of_the_optimizer
     @torch.no_grad()
     def fold(self) -> None:
         """Turns every scale-invariant group into the weights θ and momentum v that torch.optim.SGD would hold.
@@ -400,6 +413,7 @@ class SGD(torch.optim.Optimizer):
         folding.fold(self)
         self._forget_folded()
 
+    @_of_the_optimizer
     @contextlib.contextmanager
     def folded(self) -> Iterator[None]:
         """``with optimizer.folded():`` holds θ and v, as :meth:`fold` makes them, for whatever reads or writes
@@ -419,6 +433,7 @@ class SGD(torch.optim.Optimizer):
             self._contexts -= 1
             self._leave_folded()
 
+    @_of_the_optimizer
     def eval(self) -> None:
         """As entering :meth:`folded`, until :meth:`train`: the weights are θ, for evaluation and export. Several
         frameworks call both where an optimizer has them.
@@ -426,6 +441,7 @@ class SGD(torch.optim.Optimizer):
         self._enter_folded()
         self._evaluating = True
 
+    @_of_the_optimizer
     def train(self) -> None:
         """Ends what :meth:`eval` has begun; nothing otherwise."""
         self._evaluating = False
@@ -448,6 +464,7 @@ class SGD(torch.optim.Optimizer):
         self._folded = None
         self._evaluating = False
 
+    @_of_the_optimizer
     def log10_lr(self) -> list[float]:
         """log10 of the paper's learning rate η̃ of the next step, one float a group (η̃ itself leaves the range
         of a float in long runs). For an ordinary group, log10 of its LR; −inf where the LR is 0.
@@ -462,6 +479,15 @@ class SGD(torch.optim.Optimizer):
             for group in self.param_groups
         ]
 
+    @property
+    def norm_stats(self) -> list[list[NormStat]]:
+        """For each group the statistics that grow with its weights. Others are given as ``group["norm_stats"]``."""
+        return [self._norm_stats.of(group) for group in self.param_groups]
+
+    def _given_to(self, group: dict[str, Any]) -> tuple:
+        return next((given for of, given in self._given if of is group), ())
+
+    @_of_the_optimizer
     def intrinsic_scales(self) -> list[float | Tensor]:
         """P of each group, by which a gradient is to be multiplied to be that at θ; 1.0 for an ordinary group. Where
         P is on a device it is a float64 tensor there, and nothing waits.
@@ -470,6 +496,7 @@ class SGD(torch.optim.Optimizer):
             return list(self._device.states[:, 0].clone())
         return [groups.scale_of(group).P for group in self.param_groups]
 
+    @_of_the_optimizer
     def state_dict(self) -> dict[str, Any]:
         """As any torch optimizer's, with P and κ among the options of groups in exponential form; norm_stats belong
         to the model and are not in it. torch.optim.SGD can load it after :meth:`fold`, or inside :meth:`folded`.
@@ -477,6 +504,7 @@ class SGD(torch.optim.Optimizer):
         self._read_back()
         return super().state_dict()
 
+    @_of_the_optimizer
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a texp.SGD or of a torch.optim.SGD, at any step of a run.
 
@@ -497,21 +525,32 @@ class SGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._read_back()
-        own = ("_backend", "_step_supports_amp_scaling", "capturable", "momentum_dtype", "norm_stats")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+        own = ("_backend", "_step_supports_amp_scaling", "capturable", "momentum_dtype")
+        return {
+            **super().__getstate__(),
+            **{name: self.__dict__[name] for name in own},
+            "norm_stats": self.norm_stats,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called when unpickled, and by torch's load_state_dict."""
-        super().__setstate__(state)
         if "_folded" not in self.__dict__:
             self._set_unfolded()
+        # What belongs to a group goes over to that which takes its place.
+        before = self.__dict__.get("param_groups", ())
+        stats = state.get("norm_stats", [self._norm_stats.of(group) for group in before])
+        given = [self._given_to(group) for group in before]
+        super().__setstate__({key: value for key, value in state.items() if key != "norm_stats"})
+        self._norm_stats.clear()
+        for group, its in zip(self.param_groups, stats, strict=True):
+            self._norm_stats.put(group, its)
+        given = given or [folding.given(group["params"]) for group in self.param_groups]
+        self._given = list(zip(self.param_groups, given, strict=True))
         self._find_kernels()
         self._forget_folded()
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             for key, value in groups.TORCH_DEFAULTS.items():
                 group.setdefault(key, value)
-            if index not in self._given and groups.is_exponential(group):
-                self._given[index] = folding.given(group["params"])
         for param, values in self.state.items():
             if isinstance(buf := values.get("momentum_buffer"), groups.AsIs):
                 dtype = plan.buffer_dtype(param, buf.value, self.momentum_dtype)

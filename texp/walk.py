@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from texp import groups, norm_stats, plan, tables
+from texp import groups, plan, tables
 from texp.memory import that_share_memory
-from texp.norm_stats import Found, NormStat
+from texp.norm_stats import Found, NormStats
 from texp.reference import Entry, written
 from texp.tables import BUFFERED, FRESH, IDLE, STATISTIC, STEPPING, Table
 from texp.theory import Row, Step
@@ -41,7 +41,7 @@ class Walk:
     def step(
         self,
         param_groups: list[dict[str, Any]],
-        stats_of: list[list[NormStat]],
+        norm_stats: NormStats,
         state: dict[Tensor, Any],
         grad_scale: float,
         momentum_dtype: torch.dtype | None,
@@ -52,7 +52,7 @@ class Walk:
         """Takes a step of all tensors that a kernel can take, and returns the others; see csrc/bindings.cpp."""
         kernel = cpu or cuda  # there is one for one of the two
         watched = is_watched()
-        stats = norm_stats.found(param_groups, stats_of)
+        stats = norm_stats.found(param_groups)
         key = None if watched else _key(param_groups, stats, state)
         if key is not None and self._last is not None and key == self._last.key:
             steps = self._last.advance(param_groups, grad_scale)
@@ -91,7 +91,7 @@ class Walk:
     def step_on_device(
         self,
         param_groups: list[dict[str, Any]],
-        stats_of: list[list[NormStat]],
+        norm_stats: NormStats,
         state: dict[Tensor, Any],
         momentum_dtype: torch.dtype | None,
         states: Tensor,
@@ -107,7 +107,7 @@ class Walk:
         """
         walk = _DeviceWalk(states, momentum_dtype, capturing)
         slot = 0
-        stats = norm_stats.found(param_groups, stats_of)
+        stats = norm_stats.found(param_groups)
         for index, group in enumerate(param_groups):
             if (why := walk.add(index, group, stats[index], state, slot)) is not None:
                 return why
