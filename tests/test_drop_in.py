@@ -604,11 +604,12 @@ class TestFolded:
         other.load_state_dict(state)
         assert torch.allclose(trained(plain, other, steps=range(8, 16)), expected(), **CLOSE)
 
-    def test_a_wrapper_that_steps_copies(self, target):
+    @pytest.mark.parametrize("copied", [lambda p: [p.flatten()], lambda p: [p.float()], lambda p: []])
+    def test_a_wrapper_that_steps_copies(self, target, copied):
         """As DeepSpeed's ZeRO does: the group then holds other tensors than the model."""
         model, optimizer = pair(target)
         trained(model, optimizer, steps=range(5))
-        optimizer.param_groups[0]["params"] = [nn.Parameter(model[0].weight.detach().clone())]
+        optimizer.param_groups[0]["params"] = copied(model[0].weight.detach().clone())
         before = dict(optimizer.param_groups[0])
         for call in (optimizer.fold, optimizer.eval):
             with pytest.raises(RuntimeError, match="group 0 cannot be folded: 1 of the parameters"):

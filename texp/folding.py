@@ -18,6 +18,9 @@ from texp.torch_internals import foreach_copy_
 _BATCH = 1 << 24  # elements that are looked at together when the exponential form is restored
 
 
+Given = list[tuple[int, torch.Size, torch.dtype]]
+
+
 class _Item(NamedTuple):
     """What of a parameter, or which statistic, is in exponential form, and how it is turned into θ and back."""
 
@@ -98,15 +101,31 @@ def _items(optimizer: Any) -> list[_Item]:
     return items
 
 
-def _refuse_copies(index: int, group: dict[str, Any], given: tuple[weakref.ref, ...]) -> None:
+def given(params: list[Tensor]) -> Given:
+    """What a group was given, for fold() to see whether it still holds all of it. Neither held nor referred to: it
+    may be large, and torch.utils.swap_tensors refuses tensors that are referred to weakly.
+    """
+    return [(id(p), p.shape, p.dtype) for p in params]
+
+
+def _refuse_copies(index: int, group: dict[str, Any], given: Given) -> None:
+    """Raises where the group no longer holds what it was given, nor something like it in its place, as the shards
+    that fully_shard makes: the model's own weights are then stepped by others, or by nobody.
+    """
     held = {id(p) for p in group["params"]}
-    gone = [p for ref in given if (p := ref()) is not None and id(p) not in held]
+    now = [(p.shape, p.dtype) for p in group["params"]]
+    in_place = len(now) == len(given)
+    gone = [
+        shape
+        for i, (of, shape, dtype) in enumerate(given)
+        if of not in held and not (in_place and now[i] == (shape, dtype))
+    ]
     if gone:
         raise RuntimeError(
             f"parameter group {index} cannot be folded: {len(gone)} of the parameters that it was given (the first "
-            f"of shape {tuple(gone[0].shape)}) are no longer in it and would keep Pθ while the others become θ. "
-            "A wrapper that steps copies of the weights, as DeepSpeed's ZeRO does, has to be asked for θ itself, or "
-            "the model's weights be divided by group['scale']"
+            f"of shape {tuple(gone[0])}) are no longer in it and would keep Pθ while the others become θ. A wrapper "
+            "that steps copies of the weights, as DeepSpeed's ZeRO does, has to be asked for θ itself, or the "
+            "model's weights be divided by group['scale']"
         )
 
 
@@ -194,8 +213,3 @@ def _set_scales(optimizer: Any, scales: list[Scale]) -> None:
             groups.set_scale(group, scale)
     if optimizer._device is not None:
         optimizer._device.write(optimizer.state)
-
-
-def given(params: list[Tensor]) -> tuple[weakref.ref, ...]:
-    """What a group was given, for fold() to see whether it still holds all of it."""
-    return tuple(map(weakref.ref, params))

@@ -164,7 +164,7 @@ class SGD(torch.optim.Optimizer):
         self._contexts = 0  # `with optimizer.folded()` that have not ended
         self._evaluating = False  # between eval() and train()
         self._rest: plan.Rest | None = None  # of the step that is under way
-        self._given: list[tuple[dict[str, Any], tuple]] = []  # the parameters that each group was given
+        self._given: list[tuple[dict[str, Any], folding.Given]] = []  # the parameters that each group was given
         self._norm_stats = NormStats()
         self._norm_stats.exposed = functools.partial(folding.exposed, weakref.proxy(self))
         self._zero: Callable[[], Any] | None = None  # the ZeroRedundancyOptimizer around this, once it was looked for
@@ -484,8 +484,8 @@ class SGD(torch.optim.Optimizer):
         """For each group the statistics that grow with its weights. Others are given as ``group["norm_stats"]``."""
         return [self._norm_stats.of(group) for group in self.param_groups]
 
-    def _given_to(self, group: dict[str, Any]) -> tuple:
-        return next((given for of, given in self._given if of is group), ())
+    def _given_to(self, group: dict[str, Any]) -> folding.Given:
+        return next((given for of, given in self._given if of is group), [])
 
     @_of_the_optimizer
     def intrinsic_scales(self) -> list[float | Tensor]:
