@@ -1,4 +1,4 @@
-# make demo | paper | test | lint, each from nothing but Python: they set up a virtual environment first.
+# make demo | paper | test | integration | lint, each from nothing but Python: they set up a virtual environment first.
 # VENV=… uses another one, which may exist already; TEXP_NATIVE and TEXP_CUDA as in README.
 # make matrix: whether the C++ core can be built for every torch; make sanitize: it under sanitizers.
 
@@ -17,7 +17,7 @@ endif
 # built again when it is needed for something else, whatever that is (texp/build.py).
 READY := .ready-$(subst /,-,$(VENV))
 
-.PHONY: demo paper test lint matrix sanitize clean
+.PHONY: demo paper test integration lint matrix sanitize clean
 
 demo: $(READY)
 	$(BIN)/texp demo
@@ -30,8 +30,15 @@ paper: $(READY)
 	mkdir -p $(PAPER_RESULTS)
 	cp build/paper/*.png build/paper/*.csv $(PAPER_RESULTS)
 
+# Several processes, since most tests are of one thread.
+PROCESSES ?= auto
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(PROCESSES) --maxprocesses 4
+
+# texp.SGD in the frameworks that it is used in, at the versions of README's table; some 300 MB to download.
+integration: $(READY)
+	$(BIN)/pip install "torch==2.13.0" -e ".[integration]" --no-build-isolation
+	$(BIN)/pytest tests/integration
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -204,8 +204,22 @@ def test_growth_of_the_paper():
     assert 10 ** log10_lrs[0] == pytest.approx(0.1 / (1 - 0.1 * 5e-4), rel=1e-14)
 
 
-@given(st.lists(st.floats(0, 0.05), min_size=1, max_size=60), st.sampled_from([0.0, 0.5, 0.9]))
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_first_step_with_lr_0_leaves_the_scale_alone(nesterov):
+    """torch.distributed.checkpoint takes one to make buffers, and loads into them the v of a torch.optim.SGD."""
+    hyper = Hyperparameters(0.0, 0.9, weight_decay=0.05, nesterov=nesterov, scale_invariant=True)
+    step = advance(Scale(), hyper, first=True)
+    assert step.scale == Scale()
+    assert apply(step.first, 2.0, 0.0, 0.0) == (2.0, 0.05 * 2.0)
+    assert advance(Scale(), hyper).scale.kappa > 0
+
+
+@given(
+    st.lists(st.floats(0, 0.05), min_size=1, max_size=60).filter(lambda etas: etas[0] > 0),
+    st.sampled_from([0.0, 0.5, 0.9]),
+)
 def test_translate_is_what_log10_lr_reports_step_by_step(etas, momentum):
+    """Unless the first step has lr = 0, whose decay stays in the momentum buffer."""
     scale = Scale()
     for t, expected in enumerate(theory.translate(etas, 0.05, momentum)):
         hyper = Hyperparameters(etas[t], momentum, weight_decay=0.05, scale_invariant=True)
