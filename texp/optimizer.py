@@ -166,7 +166,8 @@ class SGD(torch.optim.Optimizer):
         self._rest: plan.Rest | None = None  # of the step that is under way
         self._given: list[tuple[dict[str, Any], folding.Given]] = []  # the parameters that each group was given
         self._norm_stats = NormStats()
-        self._norm_stats.exposed = functools.partial(folding.exposed, weakref.proxy(self))
+        this = weakref.ref(self)
+        self._norm_stats.exposed = lambda: folding.exposed(this())
         self._zero: Callable[[], Any] | None = None  # the ZeroRedundancyOptimizer around this, once it was looked for
 
     def _find_kernels(self, more_params: Iterable[Tensor] = ()) -> None:
