@@ -230,6 +230,18 @@ class TestNormStatsFollowTheModel:
         other = torch.optim.SGD(plain.parameters(), foreach=False, **ARGUMENTS)
         assert torch.allclose(trained(plain.double(), other), trained(model, optimizer), **CLOSE)
 
+    def test_groups_that_are_given_to_two_optimizers(self, target):
+        """The second has the statistics too, and the first keeps its own scale."""
+        model = network(device=target.device)
+        stats = [(model[1], "running_mean", 1), (model[1], "running_var", 2)]
+        given = [{"params": [model[0].weight], "scale_invariant": True, "norm_stats": stats}]
+        optimizers = [target.sgd(given, **ARGUMENTS) for _ in range(2)]
+        assert [len(optimizer.norm_stats[0]) for optimizer in optimizers] == [2, 2]
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+        optimizers[0].step()
+        optimizers[0].step()
+        assert optimizers[1].param_groups[0]["scale"] == 1 < optimizers[0].param_groups[0]["scale"]
+
     def test_by_a_function(self, target):
         model = network(device=target.device)
         group = {
@@ -542,6 +554,17 @@ class TestFolded:
         before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         with pytest.raises(KeyboardInterrupt), optimizer.folded():
             raise KeyboardInterrupt
+        assert_same_state((model.state_dict(), optimizer.state_dict()), before)
+
+    def test_a_step_inside_that_is_refused(self, target):
+        model, optimizer = pair(target)
+        trained(model, optimizer, steps=range(3))
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        with optimizer.folded():
+            optimizer.param_groups[0]["lr"] = float("nan")
+            with pytest.raises(ValueError, match="lr must be a finite number"):
+                optimizer.step()
+            optimizer.param_groups[0]["lr"] = ARGUMENTS["lr"]
         assert_same_state((model.state_dict(), optimizer.state_dict()), before)
 
     def test_a_step_inside_goes_on_from_there(self, target):

@@ -34,7 +34,7 @@ def test_training(name, no_decay):
     differences = differing(case, [expected, actual], optimizers)
     assert max(differences) < 1e-9
     if "scale_invariant" in groups[0]:
-        assert groups[0]["scale_exponent"] >= 2
+        assert optimizers[1].param_groups[0]["scale_exponent"] >= 2
     optimizers[1].fold()
     for p, q in zip(actual.parameters(), expected.parameters(), strict=True):
         assert relative_error(p, q) < 1e-6 or q.norm() < 1e-9

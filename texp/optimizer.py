@@ -188,7 +188,8 @@ class SGD(torch.optim.Optimizer):
         return bool(self._skipped)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; see torch.optim.Optimizer.add_param_group.
+        """Adds a group; see torch.optim.Optimizer.add_param_group. As in torch the dict itself becomes the group, but
+        a copy does where there are norm_stats, which stay in the dict that was given.
 
         Raises ValueError for hyperparameters that texp.SGD itself would refuse; the optimizer is then unchanged.
         """
@@ -214,6 +215,7 @@ class SGD(torch.optim.Optimizer):
                 self._find_kernels(_tensors(params))
             if self.capturable and self._kernels.scale_on is None:
                 backends.refuse_capturable()
+            param_group = dict(param_group) if "norm_stats" in param_group else param_group
             groups.set_keys(param_group, self.defaults)
         self._leave_device()
         super().add_param_group(param_group)
@@ -263,10 +265,9 @@ class SGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._folded is not None:
-            self._forget_folded()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._kernels.scale_on and self._step_on_device(scale, found_inf):
+            self._forget_folded()
             return loss
         if self.capturable:
             backends.refuse_capturable()
@@ -291,6 +292,8 @@ class SGD(torch.optim.Optimizer):
                 rest, self._rest = self._rest, None
                 rest.do()
                 self._find_kernels_if_moved(entry.param for _, entry in rest.work)
+        if self._folded is not None:
+            self._forget_folded()
         return loss
 
     def _check_rest(self, left: list[tuple]) -> None:
