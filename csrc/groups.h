@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/ScalarType.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -138,7 +139,7 @@ using MomentumDtype = std::optional<at::ScalarType>;
 
 // A buffer of zeros, for a tensor's first step.
 inline at::Tensor new_buffer(const at::Tensor& p, const at::Tensor& g, const MomentumDtype& asked) {
-  const at::ScalarType dtype = asked.value_or(at::promote_types(p.scalar_type(), g.scalar_type()));
+  const at::ScalarType dtype = asked.value_or(c10::promoteTypes(p.scalar_type(), g.scalar_type()));
   const c10::InferenceMode normal(false);  // for later steps outside of it
   return at::zeros_like(p, p.options().dtype(dtype));
 }
@@ -146,7 +147,7 @@ inline at::Tensor new_buffer(const at::Tensor& p, const at::Tensor& g, const Mom
 // The dtype that a buffer is to be widened to; that which it has: it is as wide as it is to be.
 inline at::ScalarType wide_enough(const at::Tensor& p, const at::Tensor& b, const MomentumDtype& asked) {
   const at::ScalarType is = b.scalar_type();
-  return at::isFloatingType(is) ? at::promote_types(is, asked.value_or(p.scalar_type())) : is;
+  return at::isFloatingType(is) ? c10::promoteTypes(is, asked.value_or(p.scalar_type())) : is;
 }
 
 inline at::Tensor widened(const at::Tensor& b, at::ScalarType dtype) {
