@@ -254,6 +254,10 @@ class TestNormStatsFollowTheModel:
         model[1].running_var = model[1].running_var.clone()
         assert torch.allclose(trained(model, optimizer), expected(), **CLOSE)
 
+    def test_a_module_without_a_name(self):
+        with pytest.raises(ValueError, match=r"must be a list of \(module, name, power\)"):
+            texp.SGD([{"params": [param()], "norm_stats": [(nn.BatchNorm1d(3), 1)]}])
+
     def test_a_tensor_that_its_module_no_longer_holds_is_noticed(self, target):
         model = network(device=target.device)
         stats = [(model[1].running_mean, 1), (model[1].running_var, 2)]
@@ -556,6 +560,27 @@ class TestFolded:
             raise KeyboardInterrupt
         assert_same_state((model.state_dict(), optimizer.state_dict()), before)
 
+    def test_a_model_that_is_converted_inside(self, target):
+        """As for an export in half precision: θ is rounded then, and what is read back is that, also statistics."""
+        plain = network(device=target.device)
+        other = torch.optim.SGD(plain.parameters(), foreach=False, **ARGUMENTS)
+
+        def convert(model, t):
+            if t == 5:
+                model.half().double()
+            if t == 9:
+                model[1].running_var = model[1].running_var.clone()
+
+        model, optimizer = pair(target)
+
+        def folded(t):
+            with optimizer.folded():
+                convert(model, t)
+
+        # θ is the same to 1e-15, so that it is rounded to the same numbers.
+        outputs = trained(plain, other, lambda t: convert(plain, t)), trained(model, optimizer, folded)
+        assert torch.allclose(*outputs, **CLOSE)
+
     def test_a_step_inside_that_is_refused(self, target):
         model, optimizer = pair(target)
         trained(model, optimizer, steps=range(3))
@@ -650,7 +675,7 @@ def assert_same_state(now, before) -> None:
 
 
 class TestClipping:
-    @pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+    @pytest.mark.parametrize("norm_type", [2.0, 1.0, 0.0, float("inf")])
     def test_by_the_norm_at_theta(self, target, norm_type):
         norms = []
 
@@ -688,6 +713,11 @@ class TestClipping:
         with pytest.raises(RuntimeError, match="non-finite"):
             texp.clip_grad_norm_(optimizer, 1.0, error_if_nonfinite=True)
         assert p.grad.isinf().all()
+
+    def test_what_is_no_optimizer_of_texp(self):
+        for wrong in ([param()], torch.optim.SGD([param()])):
+            with pytest.raises(TypeError, match=r"takes the texp.SGD .* got .*; for parameters"):
+                texp.clip_grad_norm_(wrong, 1.0)
 
     @pytest.mark.parametrize("max_norm", [-1.0, float("nan")])
     def test_a_bad_max_norm(self, max_norm):

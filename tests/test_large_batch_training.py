@@ -58,7 +58,7 @@ def test_the_optimizer(name):
     if name == "torch":
         assert made.optimizer.defaults["fused"]
     else:
-        assert any(group.get("scale_invariant") for group in groups)
+        assert any(group["scale_invariant"] for group in groups)
         assert training(backend="reference").optimizer._backend == "reference"
 
 

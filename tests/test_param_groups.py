@@ -33,7 +33,7 @@ def test_training(name, no_decay):
     optimizers = [torch.optim.SGD(plain_groups(expected, no_decay), **OPTIONS), texp.SGD(groups)]
     differences = differing(case, [expected, actual], optimizers)
     assert max(differences) < 1e-9
-    if "scale_invariant" in groups[0]:
+    if groups[0].get("scale_invariant"):
         assert optimizers[1].param_groups[0]["scale_exponent"] >= 2
     optimizers[1].fold()
     for p, q in zip(actual.parameters(), expected.parameters(), strict=True):
@@ -86,7 +86,7 @@ class TestGroups:
         model = BIASED.model()
         groups = texp.param_groups(model, BIASED.batch(0)[0], no_decay="bias_and_norm", lr=0.3, weight_decay=0.1)
         scaled, rest, still = groups
-        assert [g.get("scale_invariant") for g in groups] == [True, None, None]
+        assert [g["scale_invariant"] for g in groups] == [True, False, False]
         assert [g["weight_decay"] for g in groups] == [0.1, 0.1, 0.0]
         assert [g["lr"] for g in groups] == [0.3] * 3
         assert scaled["params"] == [model[i].weight for i in (0, 4 - 1, 7)]

@@ -18,7 +18,7 @@ def clip_grad_norm_(
     have at the weights θ of torch.optim.SGD: the gradient at Pθ times P, in groups in exponential form.
 
     Args:
-        optimizer: a texp.SGD.
+        optimizer: the texp.SGD, not its parameters; it may be wrapped.
         max_norm: the largest norm that is to remain. At least 0.
         norm_type, error_if_nonfinite, foreach: as torch has them.
 
@@ -28,11 +28,16 @@ def clip_grad_norm_(
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be at least 0, got {max_norm}")
-    while not hasattr(optimizer, "intrinsic_scales") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer  # Lightning and accelerate wrap it
+    while not hasattr(optimizer, "intrinsic_scales"):
+        if not hasattr(optimizer, "optimizer"):  # as accelerate and others have it in their wrappers
+            raise TypeError(
+                f"texp.clip_grad_norm_ takes the texp.SGD whose gradients are to be clipped, got {type(optimizer)}; "
+                "for parameters of another optimizer there is torch.nn.utils.clip_grad_norm_"
+            )
+        optimizer = optimizer.optimizer
     params = [p for group in optimizer.param_groups for p in group["params"]]
     scales = optimizer.intrinsic_scales()
-    if all(isinstance(P, float) and P == 1 for P in scales):
+    if norm_type == 0 or all(isinstance(P, float) and P == 1 for P in scales):  # 0 counts, whatever P is
         return clip_grad_norm_of_params_(params, max_norm, norm_type, error_if_nonfinite, foreach)
     norms = []
     for group, P in zip(optimizer.param_groups, scales, strict=True):

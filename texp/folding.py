@@ -3,7 +3,8 @@
 import gc
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ Given = list[tuple[int, torch.Size, torch.dtype]]
 class _Item(NamedTuple):
     """What of a parameter, or which statistic, is in exponential form, and how it is turned into θ and back."""
 
-    tensor: Tensor
+    find: Callable[[], Tensor | None]
     what: str  # "weight", with its buffer, if there is one; "gradient" of the tensor; "alone", just the tensor
     fold: Row
     unfold: Row
@@ -77,7 +78,7 @@ _NOTHING = Entry(None)
 
 
 def _put_back(now: Tensor | None, saved: Tensor | None, where: Tensor | None) -> None:
-    if now is not None and saved is not None and now.layout == torch.strided and now.shape == saved.shape:
+    if now is not None and saved is not None and _alike(now, saved):
         now.copy_(torch.where(where, saved, now))
 
 
@@ -85,7 +86,7 @@ def _items(optimizer: Any) -> list[_Item]:
     """All that fold() changes; raises, before anything is changed, where that is not all that it would have to."""
     found = optimizer._norm_stats.found(optimizer.param_groups)
     items = []
-    for index, (group, stats) in enumerate(zip(optimizer.param_groups, found, strict=True)):
+    for index, group in enumerate(optimizer.param_groups):
         scale = groups.scale_of(group)
         if (scale.P, scale.kappa) == (1.0, 0.0):
             continue
@@ -93,12 +94,17 @@ def _items(optimizer: Any) -> list[_Item]:
         weight = theory.fold_row(scale), theory.unfold_row(scale)
         grown, shrunk = Row(s_p=scale.P), Row(s_p=1 / scale.P)
         elsewhere = _stepped_elsewhere(optimizer, index)
-        items += [_Item(p, "weight", *weight) for p in group["params"]]
-        items += [_Item(p, "alone", shrunk, grown) for p in elsewhere]
-        items += [_Item(p, "gradient", grown, shrunk) for p in [*group["params"], *elsewhere]]
-        rows = {power: (Row(s_p=scale.P**-power), Row(s_p=scale.P**power)) for _, power in stats}
-        items += [_Item(stat, "alone", *rows[power]) for stat, power in stats]
+        items += [_Item(partial(_itself, p), "weight", *weight) for p in group["params"]]
+        items += [_Item(partial(_itself, p), "alone", shrunk, grown) for p in elsewhere]
+        items += [_Item(partial(_itself, p), "gradient", grown, shrunk) for p in [*group["params"], *elsewhere]]
+        stats = optimizer._norm_stats.of(group) if found[index] else ()
+        rows = {stat.power: (Row(s_p=scale.P**-stat.power), Row(s_p=scale.P**stat.power)) for stat in stats}
+        items += [_Item(stat.find, "alone", *rows[stat.power]) for stat in stats]
     return items
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def given(params: list[Tensor]) -> Given:
@@ -164,9 +170,12 @@ def _nobody() -> None:
 
 
 def _entry(optimizer: Any, item: _Item) -> Entry | None:
+    tensor = item.find()
     if item.what == "gradient":
-        return None if item.tensor.grad is None else Entry(item.tensor.grad)
-    return Entry(item.tensor, buf=plan.buf_of(optimizer.state, item.tensor) if item.what == "weight" else None)
+        tensor = tensor.grad
+    if tensor is None:
+        return None
+    return Entry(tensor, buf=plan.buf_of(optimizer.state, tensor) if item.what == "weight" else None)
 
 
 def _copy(entry: Entry | None) -> Entry | None:
@@ -176,26 +185,32 @@ def _copy(entry: Entry | None) -> Entry | None:
 def _same(now: Entry, folded: Entry) -> bool:
     """Whether nothing was changed, told at little cost; False where that is not so, or cannot be told so."""
     return all(
-        a is b if a is None or b is None else type(a) in PLAIN and a.layout == torch.strided and torch.equal(a, b)
+        a is b if a is None or b is None else type(a) in PLAIN and _alike(a, b) and torch.equal(a, b)
         for a, b in zip(now, folded, strict=True)
     )
 
 
 def _equal(a: Tensor, b: Tensor | None) -> Tensor:
-    """Where two tensors are the same, NaN included; nowhere, where they cannot be."""
-    if b is None or a.layout != torch.strided or a.shape != b.shape:
+    """Where two tensors are the same, NaN included; nowhere, where they cannot be, since the model was converted."""
+    if b is None or not _alike(a, b):
         return torch.zeros((), dtype=torch.bool, device=a.device)
     return (a == b) | ((a != a) & (b != b))
 
 
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether their elements can be compared."""
+    return a.layout == b.layout == torch.strided and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
 def _batches(items: list[_Item], saved: list[Entry | None]) -> Iterator[list[tuple[_Item, Entry | None]]]:
     batch, elements = [], 0
-    for pair in zip(items, saved, strict=True):
-        if batch and elements + pair[0].tensor.numel() > _BATCH:
+    for item, entry in zip(items, saved, strict=True):
+        numel = 0 if entry is None else entry.param.numel()
+        if batch and elements + numel > _BATCH:
             yield batch
             batch, elements = [], 0
-        batch.append(pair)
-        elements += pair[0].tensor.numel()
+        batch.append((item, entry))
+        elements += numel
     if batch:
         yield batch
 

@@ -138,12 +138,13 @@ def prepare_loading(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
 
     A pre-hook of load_state_dict; raises ValueError where something does not fit.
     """
+    sizes = [[len(group["params"]) for group in of] for of in (state_dict["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        return state_dict  # torch has the error for this
     groups, state = [], dict(state_dict["state"])
     for index, saved in enumerate(state_dict["param_groups"]):
         saved = dict(saved)
         groups.append(saved)
-        if index >= len(optimizer.param_groups):
-            continue  # torch has the error for this
         group = optimizer.param_groups[index]
         if "scale_invariant" not in saved and is_scale_invariant(group):
             saved.update(SCALE_KEYS, scale_invariant=True)

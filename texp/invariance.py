@@ -169,11 +169,13 @@ def param_groups(
         options: lr, momentum, weight_decay, … of all groups.
         Others as for `audit`, which also says what is raised.
 
-    Call it when the model is on its device and in its dtype: `norm_stats` are its own buffers. A bias without decay
-    that nothing but a BatchNorm sees (as that of a convolution before it) gets no gradient and no group; its value
-    stays what it is, in units of P, by standing among the `norm_stats`. Where nothing is scale-invariant, there is
-    no such group, and a warning says why; others tell where eps is so large that it spoils the equality, and where
-    no input that was tried reaches some parameters.
+    The model may be moved and converted afterwards, since `norm_stats` (texp.NormStat) name its modules; make the
+    groups again where modules have been replaced, or when a run is resumed: they are not in state dicts.
+
+    A bias without decay that nothing but a BatchNorm sees (as that of a convolution before it) gets no gradient and
+    no group; its value stays what it is, in units of P, by standing among the `norm_stats`. Where nothing is
+    scale-invariant, there is no such group, and a warning says why; others tell where eps is so large that it spoils
+    the equality, and where no input that was tried reaches some parameters.
     """
     if isinstance(no_decay, str):
         if no_decay != "bias_and_norm":
@@ -195,8 +197,8 @@ def param_groups(
             "scale_invariant": True,
             "norm_stats": stats,
         },
-        {**options, "params": [p for name, p in rest.items() if name not in still]},
-        {**options, "params": [rest[n] for n in still], "weight_decay": 0.0},
+        {**options, "params": [p for name, p in rest.items() if name not in still], "scale_invariant": False},
+        {**options, "params": [rest[n] for n in still], "scale_invariant": False, "weight_decay": 0.0},
     ]
     if not found.invariant:
         warnings.warn(
@@ -221,7 +223,7 @@ def param_groups(
 def _norm_stat(model: nn.Module, name: str, power: float) -> NormStat:
     """By its module, where it is found wherever the model moves."""
     path, _, last = name.rpartition(".")
-    return NormStat(model.get_submodule(path), last, power=power)
+    return NormStat(model.get_submodule(path), last, power=power, name=name)
 
 
 def bias_or_norm(name: str, parameter: nn.Parameter) -> bool:

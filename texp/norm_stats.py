@@ -26,9 +26,11 @@ class NormStat:
     """A tensor that a step multiplies by the change of P^power.
 
     Args:
-        source: a module and the name of one of its buffers or parameters; or a function that returns the tensor; or
-            the tensor itself, which is then held weakly: once nothing else holds it, it is lost.
+        source: a module and the name of one of its buffers or parameters; or a function that returns the tensor,
+            which is not copied with the model; or the tensor itself, which is then held weakly: once nothing else
+            holds it, it is lost.
         power: the power of P with which it grows.
+        name: what errors are to call it; None: they find a name.
 
     Attributes:
         find: returns the tensor, or None where it is lost.
@@ -38,26 +40,27 @@ class NormStat:
 
     __slots__ = ("__weakref__", "_attribute", "_held", "_module", "find", "name", "power")
 
-    def __init__(self, *source, power: float) -> None:
+    def __init__(self, *source, power: float, name: str | None = None) -> None:
         if not isinstance(power, (int, float)) or not math.isfinite(power):
             raise ValueError(f"{_FORMS}; got the power {power!r}")
         self.power = float(power)
         self._attribute = self._held = self._module = None
         match source:
-            case (nn.Module() as module, str() as name):
-                held = module._buffers if name in module._buffers else module._parameters
-                self.name = f"{name} of {type(module).__name__}"
-                self.find: Callable[[], Tensor | None] = functools.partial(held.get, name)
+            case (nn.Module() as module, str() as attribute):
+                held = module._buffers if attribute in module._buffers else module._parameters
+                self.name = f"{attribute} of {type(module).__name__}"
+                self.find: Callable[[], Tensor | None] = functools.partial(held.get, attribute)
                 self._module = weakref.ref(module, self._module_is_gone)
-                self._attribute = name
+                self._attribute = attribute
             case (Tensor() as tensor,):
                 self.name = f"a tensor of shape {tuple(tensor.shape)}"
                 self.find = weakref.ref(tensor)
-            case (function,) if callable(function):
+            case (function,) if callable(function) and not isinstance(function, nn.Module):
                 self.name = getattr(function, "__qualname__", repr(function))
                 self.find = function
             case _:
                 raise ValueError(f"{_FORMS}; got {source!r}")
+        self.name = self.name if name is None else name
         if not _is_statistic(self.find()):
             raise ValueError(f"{_FORMS}; {self.name} is {_described(self.find())}")
 
@@ -76,7 +79,7 @@ class NormStat:
         return (self.find,)
 
     def __reduce__(self) -> tuple:
-        return _copy, (self.source(), self.power)
+        return _copy, (self.source(), self.power, self.name)
 
     def __repr__(self) -> str:
         return f"NormStat({self.name}, power={self.power:g})"
@@ -86,13 +89,13 @@ def _lost() -> None:
     return None
 
 
-def _copy(source: tuple, power: float) -> NormStat:
+def _copy(source: tuple, power: float, name: str) -> NormStat:
     """A NormStat that came with a copy of its module, by pickle or deepcopy, which it keeps."""
     if source == (None,):
-        stat = NormStat(torch.zeros(()), power=power)  # lost before it was copied
+        stat = NormStat(torch.zeros(()), power=power, name=name)  # lost before it was copied
         stat.find = _lost
         return stat
-    stat = NormStat(*source, power=power)
+    stat = NormStat(*source, power=power, name=name)
     stat._held = source[0]
     return stat
 

@@ -52,10 +52,11 @@ class SGD(torch.optim.Optimizer):
         differentiable: let autograd see the step, which is then torch's own. Default False; not for
             scale-invariant groups.
         fused: True asks a GradScaler to leave the gradients scaled, as torch's own fused step does: the step unscales
-            them while it reads them, and waits for nothing. Native backends are fused in any case. Default None.
+            them while it reads them, and waits for nothing. It says nothing of kernels, which take one pass in any
+            case. Default None.
         scale_invariant: the loss must not change when all parameters of the group are multiplied by the same
             number c > 0. Their weight decay is then traded for a growing LR. Default False; usually set per
-            group.
+            group, as texp.param_groups does.
         backend: "reference", "cpu", "cuda" or "triton". None, the default, takes "cpu" for tensors on the CPU and,
             for tensors on GPUs, "cuda" or else "triton"; what they cannot take is stepped by "reference", in plain
             torch. One that is named never falls back. With TRITON_INTERPRET=1 in the environment, "triton" takes
@@ -68,7 +69,8 @@ class SGD(torch.optim.Optimizer):
             weights in float32. None, the default: that to which parameter and gradient are promoted together.
 
     In a scale-invariant group the parameters hold Pθ, where θ are the weights that torch.optim.SGD would hold,
-    and the momentum buffers (v − κθ)/P; `group["scale"]` is P, kept in [1, 2), `group["carried_decay"]` is κ.
+    and the momentum buffers (v − κθ)/P; `group["scale"]` is P, kept in [1, 2), `group["scale_exponent"]` counts how
+    often it was halved for that, and `group["carried_decay"]` is κ. :meth:`intrinsic_scales` gives P of any group.
     The functions computed are the same; :meth:`fold` turns the weights into θ themselves. Any group can become
     scale-invariant at any step (set ``group["scale_invariant"] = True``), and an ordinary one again by
     :meth:`fold` and setting it to False.
@@ -78,7 +80,7 @@ class SGD(torch.optim.Optimizer):
     2·d. Each step multiplies them by the change of P^power. They are (module, "running_mean", power), or (function,
     power) with a function that returns the tensor, and are found anew at each step, wherever the model has moved; or
     (tensor, power), which holds until the model replaces it. The optimizer takes them out of the group and keeps
-    them in :attr:`norm_stats`, a list for each group.
+    them in :attr:`norm_stats`. They are not in state dicts: a run is resumed with groups that have them.
 
     On GPUs, P and κ are on the device while steps are captured with capturable=True or may be skipped by a
     GradScaler, and what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr` and
@@ -182,8 +184,8 @@ class SGD(torch.optim.Optimizer):
     @property
     def step_was_skipped(self) -> bool:
         """Whether the last step() changed nothing because a GradScaler had found an inf or a NaN. On a CUDA device,
-        asking waits for it. (For a differentiable optimizer a GradScaler does not call step() at all then, and this
-        stays as it was.)
+        asking waits for it. Without fused=True a GradScaler does not call step() at all then, and this stays as it
+        was.
         """
         return bool(self._skipped)
 
@@ -485,7 +487,9 @@ class SGD(torch.optim.Optimizer):
 
     @property
     def norm_stats(self) -> list[list[NormStat]]:
-        """For each group the statistics that grow with its weights. Others are given as ``group["norm_stats"]``."""
+        """For each group its statistics, a list of texp.NormStat: `find()` gives the tensor, `power` the power of P.
+        Others are given as ``group["norm_stats"]``.
+        """
         return [self._norm_stats.of(group) for group in self.param_groups]
 
     def _given_to(self, group: dict[str, Any]) -> folding.Given:

@@ -22,6 +22,9 @@ class FoldCallback(Callback):
     groups train Pθ: weights and optimizer states that fit each other, and that either optimizer can go on from. After
     the fit the model holds θ, too, or what a callback that averages has put there.
 
+    A callback that averages θ is one of a subclass that calls what it inherits inside of
+    ``with trainer.optimizers[0].folded():``.
+
     Training itself is not touched: it goes on in the exponential form. Validation needs nothing, since Pθ computes
     the functions of θ.
 
