@@ -43,6 +43,7 @@ class DeviceWalk {
       tensors_.clear();
       groups_.clear();
       new_bufs_.clear();
+      started_.clear();
       reader_.careful = true;
       why = walk_groups(groups, state);
     }
@@ -87,6 +88,7 @@ class DeviceWalk {
     plan_.bump_versions();
     for (const NewBuf& made : new_bufs_)
       set(made.values.ptr(), names().momentum_buffer, py::reinterpret_steal<py::object>(THPVariable_Wrap(made.buf)));
+    for (const py::object& group : started_) set(group.ptr(), names().started, py::bool_(true));
   }
 
  private:
@@ -131,7 +133,7 @@ class DeviceWalk {
     made.maximize = reader_.flag(required(group, key.maximize));
     made.scale_invariant = scale_invariant;
     made.state = reinterpret_cast<cuda::State*>(on_device_.states.mutable_data_ptr<double>()) + index;
-    made.unbuffered = !params_.empty() || known == Scale{};
+    made.unbuffered = !params_.empty() || !(reader_.started(group) || known != Scale{});
     if (has_momentum || !ordinary) {
       for (Param& param : params_) {
         param.buf = reader_.buffer(state, param);
@@ -140,8 +142,10 @@ class DeviceWalk {
     }
     groups_.push_back(made);
     if (params_.empty()) {  // and no tensor brings the group to the kernel
-      plan_.take(at::empty({0}, on_device_.states.options().dtype(at::kFloat)), nullptr, nullptr, kUnknownRow);
+      if (!nothing_.defined()) nothing_ = at::empty({0}, on_device_.states.options().dtype(at::kFloat));
+      plan_.take(nothing_, nullptr, nullptr, kUnknownRow);
       push(cuda::Kind::statistic, 0, 0);
+      if (has_momentum) started_.push_back(py::reinterpret_borrow<py::object>(group));
     }
 
     for (size_t i = 0; i < params_.size(); ++i) {
@@ -249,6 +253,8 @@ class DeviceWalk {
   std::vector<cuda::Tensor> tensors_;
   std::vector<cuda::Group> groups_;
   std::vector<NewBuf> new_bufs_;
+  std::vector<py::object> started_;  // groups without parameters that take a step with momentum
+  at::Tensor nothing_;               // stands for those
   std::string told_;
 };
 

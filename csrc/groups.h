@@ -38,6 +38,7 @@ struct Names {
   TEXP_NAME(carried_decay);
   TEXP_NAME(norm_stats);
   TEXP_NAME(swa_lr);
+  TEXP_NAME(started);
   TEXP_NAME(momentum_buffer);
   TEXP_NAME(grad);
 #undef TEXP_NAME
@@ -235,6 +236,12 @@ class Reader {
 
   bool scale_invariant(PyObject* group) {
     PyObject* value = item(group, names().scale_invariant);
+    return value != nullptr && flag(hold(value));
+  }
+
+  // Whether a group without parameters has taken a step with momentum.
+  bool started(PyObject* group) {
+    PyObject* value = item(group, names().started);
     return value != nullptr && flag(hold(value));
   }
 

@@ -72,6 +72,7 @@ class Walk {
     clear_plans();
     forget();
     found_ = {};
+    momentum_dtype_ = {};
     reader_.careful = Reader::always_careful;
   }
 
@@ -111,9 +112,11 @@ class Walk {
       if (given.ptr() != last) row = rows_.add(as_row(given));
       last = given.ptr();
       const py::object buf = entry[2];
-      const Param param{py::object(entry[0]).ptr(), static_cast<bool>(THPVariable_CheckExact(py::object(entry[0]).ptr())),
-                        nullptr, nullptr, buf.is_none() ? nullptr : buf.ptr()};
-      if (take(param, false, row)) left.push_back(i);
+      const py::object p = entry[0];
+      const bool plain = THPVariable_CheckExact(p.ptr()) && (buf.is_none() || THPVariable_CheckExact(buf.ptr()));
+      Plan* plan = plain && !watched_ ? plan_of(THPVariable_Unpack(p.ptr()).device()) : nullptr;
+      const at::Tensor* b = buf.is_none() ? nullptr : &THPVariable_Unpack(buf.ptr());
+      if (plan == nullptr || plan->take(THPVariable_Unpack(p.ptr()), nullptr, b, row)) left.push_back(i);
     }
     bool shared = false;
     for_each_plan([&](Plan& plan) { shared = plan.has_shared_memory() || shared; });
@@ -169,7 +172,10 @@ class Walk {
       on_cpu_.run();
     }
     for_each_plan([](Plan& plan) { plan.bump_versions(); });
-    for (const auto& [stored, i] : rescaled_) stored.write(steps_[i].scale, steps_[i].step.scale, !held_);
+    for (const auto& [stored, i, starts] : rescaled_) {
+      stored.write(steps_[i].scale, steps_[i].step.scale, !held_);
+      if (starts) set(stored.group, names().started, py::bool_(true));
+    }
     for (const NewBuf& made : new_bufs_)
       set(made.values.ptr(), names().momentum_buffer, py::reinterpret_steal<py::object>(THPVariable_Wrap(made.buf)));
   }
@@ -186,6 +192,7 @@ class Walk {
   struct Rescaled {
     StoredScale stored;
     size_t step;  // which of steps_
+    bool starts;  // it has no parameters here whose buffers would tell that it has begun
   };
 
   struct NewBuf {
@@ -236,14 +243,15 @@ class Walk {
       steps = steps || param.has_grad();
     }
     // A group in exponential form of which this process holds no parameter follows the others' (texp/groups.py `steps`).
-    if (!steps && !params_.empty()) return;
+    const bool empty = params_.empty();
+    if (!steps && !empty) return;
 
     const Hyperparameters h = reader_.hyperparameters(group, index);
     const StoredScale stored(group);
     const Scale scale = reader_.scale(stored, index);
     const bool ordinary = !h.scale_invariant && scale.P == 1 && scale.kappa == 0;
-    if (ordinary && params_.empty()) return;
-    bool first = !params_.empty() || scale == Scale{};
+    if (ordinary && empty) return;
+    bool first = !empty || !(reader_.started(group) || scale != Scale{});
     if (h.momentum != 0 || !ordinary) {
       for (Param& param : params_) {
         param.buf = reader_.buffer(state, param);
@@ -252,7 +260,7 @@ class Walk {
     }
     if (steps_.empty() || !steps_.back().is_of(scale, h, first)) steps_.emplace_back(scale, h, first, grad_scale);
     Advanced& advanced = steps_.back();
-    if (!ordinary) rescaled_.push_back({stored, steps_.size() - 1});
+    if (!ordinary) rescaled_.push_back({stored, steps_.size() - 1, empty && h.momentum != 0});
 
     const bool idle_keeps = keeps(advanced.step.idle);
     for (const Param& param : params_) {

@@ -5,6 +5,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_ as clip_grad_norm_of_params_
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from texp import folding
+from texp.integrations.wrapped import texp_sgd
+
 
 @torch.no_grad()
 def clip_grad_norm_(
@@ -28,19 +31,19 @@ def clip_grad_norm_(
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be at least 0, got {max_norm}")
-    while not hasattr(optimizer, "intrinsic_scales"):
-        if not hasattr(optimizer, "optimizer"):  # as accelerate and others have it in their wrappers
-            raise TypeError(
-                f"texp.clip_grad_norm_ takes the texp.SGD whose gradients are to be clipped, got {type(optimizer)}; "
-                "for parameters of another optimizer there is torch.nn.utils.clip_grad_norm_"
-            )
-        optimizer = optimizer.optimizer
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    scales = optimizer.intrinsic_scales()
+    sgd = texp_sgd(optimizer)
+    if sgd is None:
+        raise TypeError(
+            f"texp.clip_grad_norm_ takes the texp.SGD whose gradients are to be clipped, got {type(optimizer)}; "
+            "for parameters of another optimizer there is torch.nn.utils.clip_grad_norm_"
+        )
+    param_groups = folding.exposed(sgd) or sgd.param_groups
+    params = [p for group in param_groups for p in group["params"]]
+    scales = sgd.intrinsic_scales()
     if norm_type == 0 or all(isinstance(P, float) and P == 1 for P in scales):  # 0 counts, whatever P is
         return clip_grad_norm_of_params_(params, max_norm, norm_type, error_if_nonfinite, foreach)
     norms = []
-    for group, P in zip(optimizer.param_groups, scales, strict=True):
+    for group, P in zip(param_groups, scales, strict=True):
         grads = [p.grad for p in group["params"] if p.grad is not None]
         if grads:
             norm = get_total_norm(grads, norm_type, foreach=foreach)

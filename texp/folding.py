@@ -25,6 +25,7 @@ Given = list[tuple[int, torch.Size, torch.dtype]]
 class _Item(NamedTuple):
     """What of a parameter, or which statistic, is in exponential form, and how it is turned into θ and back."""
 
+    index: int  # of the group
     find: Callable[[], Tensor | None]
     what: str  # "weight", with its buffer, if there is one; "gradient" of the tensor; "alone", just the tensor
     fold: Row
@@ -33,8 +34,9 @@ class _Item(NamedTuple):
 
 def fold(optimizer: Any) -> None:
     """Turns all groups into θ and v, in place, and their gradients into those at θ."""
-    _apply(optimizer, [(item.fold, entry) for item in _items(optimizer) if (entry := _entry(optimizer, item))])
-    _set_scales(optimizer, [Scale()] * len(optimizer.param_groups))
+    items = _items(optimizer)
+    _apply(optimizer, _checked(optimizer, items, [item.fold for item in items]))
+    _set_scales(optimizer, [(group, Scale()) for group in optimizer.param_groups])
 
 
 class Folded:
@@ -42,22 +44,29 @@ class Folded:
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        self._scales = [groups.scale_of(group) for group in optimizer.param_groups]
+        self._scales = [(group, groups.scale_of(group)) for group in optimizer.param_groups]
         self._items = _items(optimizer)
         self._saved = [_copy(_entry(optimizer, item)) for item in self._items]
         fold(optimizer)
 
     def restore(self) -> None:
         """Gives the exponential form back: the very numbers wherever θ and v are what they were, otherwise those of
-        the present θ and v.
+        the present θ and v. Raises, and changes nothing, where it cannot.
         """
-        for batch in _batches(self._items, self._saved):
+        items = [*self._items, *self._added()]
+        gradients = set()  # one may be of several parameters
+        _checked(self._optimizer, items, [item.unfold for item in items])
+        for batch in _batches(items, self._saved + [None] * (len(items) - len(self._saved))):
             again = [_copy(saved) for _, saved in batch]
             work = [(item.fold, entry) for (item, _), entry in zip(batch, again, strict=True) if entry]
             _apply(self._optimizer, work)
             unchanged = []
             for (item, saved), folded in zip(batch, again, strict=True):
                 now = _entry(self._optimizer, item)
+                if now is not None and item.what == "gradient":
+                    if id(now.param) in gradients:
+                        continue
+                    gradients.add(id(now.param))
                 if now is not None and saved is not None and _same(now, folded):
                     unchanged += [pair for pair in zip(now, saved, strict=True) if pair[0] is not None]
                 elif now is not None:
@@ -65,6 +74,16 @@ class Folded:
             if unchanged:
                 foreach_copy_(*map(list, zip(*unchanged, strict=True)))
         _set_scales(self._optimizer, self._scales)
+
+    def _added(self) -> list[_Item]:
+        """Of parameters that have come into these groups meanwhile."""
+        known = {id(item.find()) for item in self._items}
+        return [
+            item
+            for index, (group, scale) in enumerate(self._scales)
+            if scale.is_exponential()
+            for item in _of_params(index, [p for p in group["params"] if id(p) not in known], scale)
+        ]
 
     def _restore(self, item: _Item, now: Entry, saved: Entry, folded: Entry) -> None:
         same_param = _equal(now.param, folded.param)
@@ -88,30 +107,53 @@ def _items(optimizer: Any) -> list[_Item]:
     items = []
     for index, group in enumerate(optimizer.param_groups):
         scale = groups.scale_of(group)
-        if (scale.P, scale.kappa) == (1.0, 0.0):
+        if not scale.is_exponential():
             continue
         _refuse_copies(index, group, optimizer._given_to(group))
-        weight = theory.fold_row(scale), theory.unfold_row(scale)
-        grown, shrunk = Row(s_p=scale.P), Row(s_p=1 / scale.P)
         elsewhere = _stepped_elsewhere(optimizer, index)
-        items += [_Item(partial(_itself, p), "weight", *weight) for p in group["params"]]
-        items += [_Item(partial(_itself, p), "alone", shrunk, grown) for p in elsewhere]
-        items += [_Item(partial(_itself, p), "gradient", grown, shrunk) for p in [*group["params"], *elsewhere]]
+        grown, shrunk = Row(s_p=scale.P), Row(s_p=1 / scale.P)
+        items += _of_params(index, group["params"], scale)
+        items += [_Item(index, partial(_itself, p), "alone", shrunk, grown) for p in elsewhere]
+        items += [_Item(index, partial(_itself, p), "gradient", grown, shrunk) for p in elsewhere]
         stats = optimizer._norm_stats.of(group) if found[index] else ()
         rows = {stat.power: (Row(s_p=scale.P**-stat.power), Row(s_p=scale.P**stat.power)) for stat in stats}
-        items += [_Item(stat.find, "alone", *rows[stat.power]) for stat in stats]
+        items += [_Item(index, stat.find, "alone", *rows[stat.power]) for stat in stats]
     return items
+
+
+def _of_params(index: int, params: list[Tensor], scale: Scale) -> list[_Item]:
+    weight = theory.fold_row(scale), theory.unfold_row(scale)
+    gradient = Row(s_p=scale.P), Row(s_p=1 / scale.P)
+    return [_Item(index, partial(_itself, p), "weight", *weight) for p in params] + [
+        _Item(index, partial(_itself, p), "gradient", *gradient) for p in params
+    ]
+
+
+def _checked(optimizer: Any, items: list[_Item], rows: list[Row]) -> list[tuple[Row, Entry]]:
+    """The rows and what they are for. Raises where a tensor cannot be written to; one gradient of several parameters
+    is there once.
+    """
+    work, gradients = [], set()
+    for item, row in zip(items, rows, strict=True):
+        entry = _entry(optimizer, item)
+        if entry is None or (item.what == "gradient" and id(entry.param) in gradients):
+            continue
+        plan.check_tensors(item.index, row, entry)
+        if item.what == "gradient":
+            gradients.add(id(entry.param))
+        work.append((row, entry))
+    return work
 
 
 def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def given(params: list[Tensor]) -> Given:
+def given(group: dict[str, Any]) -> Given:
     """What a group was given, for fold() to see whether it still holds all of it. Neither held nor referred to: it
     may be large, and torch.utils.swap_tensors refuses tensors that are referred to weakly.
     """
-    return [(id(p), p.shape, p.dtype) for p in params]
+    return [(id(p), p.shape, p.dtype) for p in group["params"]]
 
 
 def _refuse_copies(index: int, group: dict[str, Any], given: Given) -> None:
@@ -179,7 +221,8 @@ def _entry(optimizer: Any, item: _Item) -> Entry | None:
 
 
 def _copy(entry: Entry | None) -> Entry | None:
-    return None if entry is None else Entry(*(None if x is None else x.detach().clone() for x in entry))
+    with torch.inference_mode(False):  # for kernels, which take no tensors made in it
+        return None if entry is None else Entry(*(None if x is None else x.detach().clone() for x in entry))
 
 
 def _same(now: Entry, folded: Entry) -> bool:
@@ -219,12 +262,13 @@ def _apply(optimizer: Any, work: list[tuple[Row, Entry]]) -> None:
     backends.apply(optimizer._kernels, work)
 
 
-def _set_scales(optimizer: Any, scales: list[Scale]) -> None:
-    for group, scale in zip(optimizer.param_groups, scales, strict=False):  # a group may have been added
-        if scale != groups.scale_of(group):
-            groups.set_scale(group, scale)
-    for group, scale in zip(exposed(optimizer), scales, strict=False):
-        if scale != groups.scale_of(group):
-            groups.set_scale(group, scale)
+def _set_scales(optimizer: Any, scales: list[tuple[dict[str, Any], Scale]]) -> None:
+    shown = dict(zip(map(id, optimizer.param_groups), exposed(optimizer), strict=False))
+    for group, scale in scales:
+        for place in (group, shown.get(id(group))):
+            if place is not None and scale != groups.scale_of(place):
+                groups.set_scale(place, scale)
+    # What is at P = 1 has no parameters elsewhere to agree with, whatever it was given.
+    optimizer._given = [(group, given(group)) for group in optimizer.param_groups]
     if optimizer._device is not None:
         optimizer._device.write(optimizer.state)

@@ -43,8 +43,7 @@ def set_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
 
 def is_exponential(group: dict[str, Any]) -> bool:
     """Whether its parameters are, or are about to be, anything but θ itself."""
-    scale = scale_of(group)
-    return is_scale_invariant(group) or (scale.P, scale.kappa) != (1.0, 0.0)
+    return is_scale_invariant(group) or scale_of(group).is_exponential()
 
 
 def is_scale_invariant(group: dict[str, Any]) -> bool:
@@ -60,8 +59,10 @@ def steps(group: dict[str, Any]) -> bool:
 
 
 def is_first(group: dict[str, Any], bufs: Iterable[Tensor | None]) -> bool:
-    """Whether no tensor of a group has a momentum buffer yet; where there are no tensors, its scale tells."""
-    return all(buf is None for buf in bufs) if group["params"] else scale_of(group) == Scale()
+    """Whether no tensor of a group has a momentum buffer yet. Where there are no tensors, the group itself tells."""
+    if group["params"]:
+        return all(buf is None for buf in bufs)
+    return not group.get("started", False) and scale_of(group) == Scale()
 
 
 def warn_of_averaging() -> None:

@@ -2,13 +2,11 @@
 replace its buffers.
 """
 
-import functools
 import math
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from texp import groups
@@ -38,37 +36,52 @@ class NormStat:
         power: as given.
     """
 
-    __slots__ = ("__weakref__", "_attribute", "_held", "_module", "find", "name", "power")
+    __slots__ = ("__weakref__", "_attribute", "_held", "_module", "_of_module", "find", "name", "power")
 
     def __init__(self, *source, power: float, name: str | None = None) -> None:
         if not isinstance(power, (int, float)) or not math.isfinite(power):
             raise ValueError(f"{_FORMS}; got the power {power!r}")
+        self._set(source, power, name)
+        if self._module is not None:
+            self._of_module = source[0]._buffers, source[0]._parameters
+        if not _is_statistic(self.find()):
+            raise ValueError(f"{_FORMS}; {self.name} is {_described(self.find())}")
+
+    def _set(self, source: tuple, power: float, name: str | None) -> None:
         self.power = float(power)
-        self._attribute = self._held = self._module = None
+        self._attribute = self._held = self._module = self._of_module = None
         match source:
             case (nn.Module() as module, str() as attribute):
-                held = module._buffers if attribute in module._buffers else module._parameters
                 self.name = f"{attribute} of {type(module).__name__}"
-                self.find: Callable[[], Tensor | None] = functools.partial(held.get, attribute)
+                self.find: Callable[[], Tensor | None] = self._find_in_module
                 self._module = weakref.ref(module, self._module_is_gone)
                 self._attribute = attribute
             case (Tensor() as tensor,):
                 self.name = f"a tensor of shape {tuple(tensor.shape)}"
                 self.find = weakref.ref(tensor)
+            case (None,):
+                self.find = _lost
             case (function,) if callable(function) and not isinstance(function, nn.Module):
                 self.name = getattr(function, "__qualname__", repr(function))
                 self.find = function
             case _:
                 raise ValueError(f"{_FORMS}; got {source!r}")
         self.name = self.name if name is None else name
-        if not _is_statistic(self.find()):
-            raise ValueError(f"{_FORMS}; {self.name} is {_described(self.find())}")
+
+    def _find_in_module(self) -> Tensor | None:
+        module = self._module()
+        if module is None:
+            return None
+        found = module._buffers.get(self._attribute)
+        return module._parameters.get(self._attribute) if found is None else found
 
     def _module_is_gone(self, _: weakref.ref) -> None:
-        # Another module may have taken its tensors over, as SyncBatchNorm does. They are followed no further.
-        tensor = self.find()
-        self._module = self._attribute = None
+        # Another module may have taken its tensor over, as SyncBatchNorm does. It is followed no further.
+        held = (of.get(self._attribute) for of in self._of_module or ())
+        tensor = next((x for x in held if x is not None), None)
         self.find = _lost if tensor is None else weakref.ref(tensor)
+        self.name += " (a module that is no longer there)"
+        self._module = self._of_module = None
 
     def source(self) -> tuple:
         """What it was made from, or the tensor that remains of it: the arguments of a copy."""
@@ -90,12 +103,11 @@ def _lost() -> None:
 
 
 def _copy(source: tuple, power: float, name: str) -> NormStat:
-    """A NormStat that came with a copy of its module, by pickle or deepcopy, which it keeps."""
-    if source == (None,):
-        stat = NormStat(torch.zeros(()), power=power, name=name)  # lost before it was copied
-        stat.find = _lost
-        return stat
-    stat = NormStat(*source, power=power, name=name)
+    """A NormStat that comes with a copy of its module, by pickle or deepcopy, which may not be complete yet. It is
+    kept: there may be no other.
+    """
+    stat = NormStat.__new__(NormStat)
+    stat._set(source, power, name)
     stat._held = source[0]
     return stat
 
@@ -157,20 +169,33 @@ class NormStats(dict):
         if any("norm_stats" in group for group in param_groups):
             self.take(param_groups)
         return [
-            _found(i, self.of(group)) if id(group) in self and groups.is_exponential(group) else []
+            _found(i, self.of(group) or self._of_copied(group)) if self and groups.is_exponential(group) else []
             for i, group in enumerate(param_groups)
         ]
 
+    def _of_copied(self, group: dict[str, Any]) -> list[NormStat]:
+        """Those of a group with the same parameters, of which somebody has made a copy of his own."""
+        params = list(map(id, group["params"]))
+        copied = (other for other, _ in self.values() if params and list(map(id, other["params"])) == params)
+        if (other := next(copied, None)) is None:
+            return []
+        self.put(group, self.of(other))
+        return self.of(group)
+
+    def are_weak(self) -> bool:
+        """Whether some are held weakly, and lost when nothing else holds them."""
+        return any(isinstance(stat.find, weakref.ref) for _, stats in self.values() for stat in stats)
+
 
 def _found(index: int, stats: list[NormStat]) -> list[tuple[Tensor, float]]:
-    tensors = [(stat.find(), stat.power) for stat in stats]
+    tensors = [(stat.find(), float(stat.power)) for stat in stats]
     for (tensor, _), stat in zip(tensors, stats, strict=True):
         if not _is_statistic(tensor):
             raise ValueError(
                 f"parameter group {index}: {stat.name}, one of norm_stats, "
                 + (
-                    "can no longer be found: the model has replaced it. Name it by its module, as (module, "
-                    "'running_mean', power), or give a function that returns it; texp.param_groups does"
+                    "can no longer be found: the model has replaced it. Give the group's norm_stats anew, named by "
+                    "their modules, as (module, 'running_mean', power); texp.param_groups does"
                     if tensor is None
                     else f"is {_described(tensor)} and cannot be scaled"
                 )

@@ -49,6 +49,8 @@ class OnDevice:
                 P, kappa = row[:2].tolist()
                 if (scale := Scale(P, int(row.view(torch.int64)[2]), kappa)) != known:  # an ordinary group has none
                     groups.set_scale(group, scale)
+                if "started" in group:
+                    group["started"] = bool(row.view(torch.int64)[3])
         self._known = [groups.scale_of(group) for group in self.groups]
         for p, started in zip(self.params, self.started.tolist(), strict=True):
             if not started and _has_buffer(state, p):

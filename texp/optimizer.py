@@ -7,6 +7,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from texp.folding import Folded
 from texp.norm_stats import NormStat, NormStats
 from texp.on_device import OnDevice
 from texp.torch_internals import disable_dynamo, has_global_step_hooks
+
+# What belongs to the whole optimizer, beside its groups; pickled with it.
+_OPTIONS = {"_backend": None, "_step_supports_amp_scaling": False, "capturable": False, "momentum_dtype": None}
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -221,7 +225,7 @@ class SGD(torch.optim.Optimizer):
             groups.set_keys(param_group, self.defaults)
         self._leave_device()
         super().add_param_group(param_group)
-        self._given.append((param_group, folding.given(param_group["params"])))
+        self._given.append((param_group, folding.given(param_group)))
         self._norm_stats.put(param_group, stats)
 
     def step(self, *args, **kwargs) -> Any:
@@ -426,10 +430,11 @@ class SGD(torch.optim.Optimizer):
         absolute sizes: to export or average weights, to clip weights or gradients by them, to reset momentum, to roll
         back. Gradients are then those at θ.
 
-        Afterwards, also after an exception, the exponential form is back: bit for bit where nothing was changed, and
-        that of the new θ and v elsewhere. It needs a copy of the scale-invariant groups and of their momentum
-        meanwhile. It may be nested. A step inside, or a state dict that is loaded, goes on from θ, and nothing is
-        given back. Raises as :meth:`fold` does.
+        Afterwards, also after an exception, the exponential form is back: bit for bit where nothing was changed (to
+        rounding where parameters share memory, or a TorchDispatchMode watches), and that of the new θ and v
+        elsewhere. It needs a copy of the scale-invariant groups and of their momentum meanwhile. It may be nested. A
+        step inside, or a state dict that is loaded, goes on from θ, and nothing is given back. Raises as
+        :meth:`fold` does.
         """
         self._enter_folded()
         self._contexts += 1
@@ -462,8 +467,8 @@ class SGD(torch.optim.Optimizer):
     @torch.no_grad()
     def _leave_folded(self) -> None:
         if self._folded is not None and not self._contexts and not self._evaluating:
-            folded, self._folded = self._folded, None
-            folded.restore()
+            self._folded.restore()
+            self._folded = None
 
     def _forget_folded(self) -> None:
         """What folded() or eval() would give back is not to come back: the optimizer has gone on from θ."""
@@ -510,7 +515,10 @@ class SGD(torch.optim.Optimizer):
         to the model and are not in it. torch.optim.SGD can load it after :meth:`fold`, or inside :meth:`folded`.
         """
         self._read_back()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group.pop("norm_stats", None)  # given since the last step
+        return state_dict
 
     @_of_the_optimizer
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -533,12 +541,8 @@ class SGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._read_back()
-        own = ("_backend", "_step_supports_amp_scaling", "capturable", "momentum_dtype")
-        return {
-            **super().__getstate__(),
-            **{name: self.__dict__[name] for name in own},
-            "norm_stats": self.norm_stats,
-        }
+        own = {name: self.__dict__[name] for name in _OPTIONS}
+        return {**super().__getstate__(), **own, "norm_stats": self.norm_stats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called when unpickled, and by torch's load_state_dict."""
@@ -546,14 +550,17 @@ class SGD(torch.optim.Optimizer):
             self._set_unfolded()
         # What belongs to a group goes over to that which takes its place.
         before = self.__dict__.get("param_groups", ())
+        self._norm_stats.take(before)
         stats = state.get("norm_stats", [self._norm_stats.of(group) for group in before])
-        given = [self._given_to(group) for group in before]
         super().__setstate__({key: value for key, value in state.items() if key != "norm_stats"})
-        self._norm_stats.clear()
-        for group, its in zip(self.param_groups, stats, strict=True):
-            self._norm_stats.put(group, its)
-        given = given or [folding.given(group["params"]) for group in self.param_groups]
+        for old, new, its in zip_longest(before, self.param_groups, stats):
+            if old is not None:
+                self._norm_stats.put(old, [])
+            self._norm_stats.put(new, its or [])
+        given = [self._given_to(group) for group in before] or map(folding.given, self.param_groups)
         self._given = list(zip(self.param_groups, given, strict=True))
+        for key in ("_backend", "capturable", "momentum_dtype", "_step_supports_amp_scaling"):
+            self.__dict__.setdefault(key, _OPTIONS[key])
         self._find_kernels()
         self._forget_folded()
         for group in self.param_groups:

@@ -32,6 +32,8 @@ class Plan(NamedTuple):
             state[param]["momentum_buffer"] = buf
         if groups.is_exponential(self.group):
             groups.set_scale(self.group, self.step.scale)
+            if not self.group["params"] and groups.number("momentum", self.group["momentum"]) != 0:
+                self.group["started"] = True
             if "swa_lr" in self.group:
                 groups.warn_of_averaging()
 
@@ -103,7 +105,7 @@ def _of_group(
         else:
             kind = "running"
         _check_fused(group, entry)
-        _check_tensors(index, row_of(step, kind), entry)
+        check_tensors(index, row_of(step, kind), entry)
         _check_sparse(index, hyper, row_of(step, kind), entry)
         if entry.buf is not None and kind != "first":
             entry = widened(entry, momentum_dtype, plan.new_bufs)
@@ -151,7 +153,7 @@ class Rest:
             group, row, entry = self.param_groups[index], Row(*row), Entry(param, grad, buf)
             _refuse_capture(index, group)
             _check_fused(group, entry)
-            _check_tensors(index, row, entry)
+            check_tensors(index, row, entry)
             if self.named is not None and why is not None:  # a tensor of norm_stats is left without a reason
                 raise RuntimeError(
                     f"backend={self.named!r} was requested, but of a parameter of shape {tuple(param.shape)} in "
@@ -182,7 +184,7 @@ def _refuse_capture(index: int, group: dict[str, Any]) -> None:
         )
 
 
-def _check_tensors(index: int, row: Row, entry: Entry) -> None:
+def check_tensors(index: int, row: Row, entry: Entry) -> None:
     """Raises where a tensor cannot be stepped, or a buffer that somebody put there does not fit."""
     param, grad, buf = entry
     where = f"parameter group {index}: a parameter of shape {tuple(param.shape)}"

@@ -60,6 +60,10 @@ class Scale(NamedTuple):
     exponent: int = 0
     kappa: float = 0.0
 
+    def is_exponential(self) -> bool:
+        """Whether p and b are anything but θ and v."""
+        return (self.P, self.kappa) != (1.0, 0.0)
+
     def log10(self) -> float:
         """log10 of the paper's P."""
         return math.log10(self.P) + self.exponent * math.log10(2)

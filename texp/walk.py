@@ -52,6 +52,8 @@ class Walk:
         """Takes a step of all tensors that a kernel can take, and returns the others; see csrc/bindings.cpp."""
         kernel = cpu or cuda  # there is one for one of the two
         watched = is_watched()
+        if norm_stats.are_weak():
+            self._last = None  # which would hold them
         stats = norm_stats.found(param_groups)
         key = None if watched else _key(param_groups, stats, state)
         if key is not None and self._last is not None and key == self._last.key:
@@ -119,6 +121,8 @@ class Walk:
         walk.table.finish()
         for param, buf in walk.new_bufs:
             state[param]["momentum_buffer"] = buf
+        for group in walk.started:
+            group["started"] = True
         return None
 
 
@@ -220,6 +224,7 @@ class _DeviceWalk:
         self.groups = bytearray()
         self.entries: list[Entry] = []
         self.new_bufs: list[tuple[Tensor, Tensor]] = []
+        self.started: list[dict[str, Any]] = []  # groups without parameters that take a step with momentum
 
     def add(
         self,
@@ -262,6 +267,8 @@ class _DeviceWalk:
         )
         if not entries:  # its scale is to go with those of other processes, and no tensor brings it here
             self._add(Entry(torch.empty(0, device=self.states.device)), source, STATISTIC)
+            if has_momentum:
+                self.started.append(group)
         for i, entry in enumerate(entries, slot):
             if entry.grad is None and ordinary:
                 continue

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils._pytree import tree_map
 
 from texp.integrations.wrapped import has_exponential_groups, texp_sgd
 from texp.optimizer import SGD
@@ -90,4 +89,8 @@ class FoldCallback(Callback):
 
 def _cloned(tree: Any) -> Any:
     """The tensors of a state dict share the memory of the parameters, which soon hold Pθ again."""
-    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, tree)
+    if isinstance(tree, torch.Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {key: _cloned(value) for key, value in tree.items()}
+    return [_cloned(value) for value in tree] if isinstance(tree, list) else tree
