@@ -31,7 +31,7 @@ def deviation(case: Case, **eps) -> tuple[float, int]:
     for t in range(STEPS):
         losses = case.step(models, optimizers, t)
         largest = max(largest, abs(losses[1] / losses[0] - 1))
-    return largest, groups[0]["scale_exponent"]
+    return largest, optimizers[1].param_groups[0]["scale_exponent"]
 
 
 def main(path: str = "benchmarks/results/default_eps.csv") -> None:
