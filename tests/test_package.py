@@ -281,7 +281,7 @@ class TestReadme:
             elif program == "make":
                 assert command in by_ci
             else:
-                in_recipes = any(f" {line.strip()}".endswith(f" {command}") for line in recipes)
+                in_recipes = any(f" {command} " in f" {line.strip()} " for line in recipes)
                 assert command in (INSTALL, NOT_ISOLATED) or in_recipes, command
 
     def test_what_it_says_of_eps_is_that_of_the_records(self, tmp_path, monkeypatch, capsys):
