@@ -128,6 +128,66 @@ class TestFolded:
         outputs = trained(plain, other, lambda t: convert(plain, t)), trained(model, optimizer, folded)
         assert torch.allclose(*outputs, **CLOSE)
 
+    def test_momentum_that_is_narrower_than_it_is_to_be(self, target):
+        """It is folded as it is; also after a step of another optimizer that wants wide buffers."""
+        p, q = (nn.Parameter(torch.ones(4, dtype=torch.bfloat16, device=target.device)) for _ in range(2))
+        optimizer = target.sgd([p], lr=0.1, momentum=0.9, weight_decay=0.1, scale_invariant=True)
+        other = target.sgd([q], lr=0.1, momentum=0.9, momentum_dtype=torch.float64)
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        optimizer.step()
+        other.step()
+        p.grad, p.data = None, p.data.float()
+        P = optimizer.param_groups[0]["scale"]
+        with optimizer.folded():
+            assert torch.allclose(p, torch.full_like(p, 0.89), rtol=0.01)
+        optimizer.fold()
+        assert P > 1 == optimizer.param_groups[0]["scale"]
+        assert optimizer.state[p]["momentum_buffer"].dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("what", ["gradient", "buffer"])
+    def test_what_cannot_be_folded_changes_nothing(self, target, what):
+        model, optimizer = pair(target)
+        trained(model, optimizer, steps=range(3))
+        weight = model[0].weight
+        if what == "gradient":
+            weight.grad = torch.ones(1, 1, dtype=weight.dtype, device=target.device).expand(weight.shape)
+        else:
+            optimizer.state[weight]["momentum_buffer"] = torch.ones(2, dtype=weight.dtype, device=target.device)
+        before, scale = copy.deepcopy(model.state_dict()), optimizer.param_groups[0]["scale"]
+        for call in (optimizer.fold, optimizer.eval):
+            with pytest.raises(RuntimeError, match="parameter group 0"):
+                call()
+        assert all(same_bits(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+        assert optimizer.param_groups[0]["scale"] == scale
+
+    def test_groups_that_come_and_go_inside(self, target):
+        """Each keeps its own scale, wherever it stands."""
+        params = [param(device=target.device) for _ in range(3)]
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(params[:2], (0.1, 0.5), strict=True)]
+        optimizer = target.sgd(groups, weight_decay=0.1, scale_invariant=True)
+        for p in params[:2]:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        scales, stored = [group["scale"] for group in optimizer.param_groups], [p.tolist() for p in params]
+        assert len(set(scales)) == 2
+        with optimizer.folded():
+            optimizer.param_groups.reverse()
+            optimizer.param_groups[0]["params"].append(params[2])
+        assert [group["scale"] for group in optimizer.param_groups] == scales[::-1]
+        assert [p.tolist() for p in params[:2]] == stored[:2]
+        assert params[2].tolist() == pytest.approx([x * scales[1] for x in stored[2]])
+
+    def test_one_gradient_of_two_parameters(self, target):
+        params = [param(device=target.device) for _ in range(2)]
+        optimizer = target.sgd(params, lr=0.5, weight_decay=0.5, scale_invariant=True)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        params[0].grad = params[1].grad = torch.ones_like(params[0])
+        with optimizer.folded():
+            assert params[0].grad.tolist() == [optimizer.intrinsic_scales()[0] * 4 / 3] * 3
+        assert params[0].grad.tolist() == [1.0] * 3
+
     def test_a_step_inside_that_is_refused(self, target):
         model, optimizer = pair(target)
         trained(model, optimizer, steps=range(3))

@@ -72,6 +72,25 @@ class TestNormStatsFollowTheModel:
         optimizers[0].step()
         assert optimizers[1].param_groups[0]["scale"] == 1 < optimizers[0].param_groups[0]["scale"]
 
+    def test_that_are_given_before_a_state_dict_is_loaded(self, target):
+        made = pair(target)
+        trained(*made, steps=range(4))
+        model = network(device=target.device)
+        rest = [*model[1].parameters(), *model[3].parameters()]
+        group = {"params": [model[0].weight], "scale_invariant": True}
+        optimizer = target.sgd([group, {"params": rest}], **ARGUMENTS)
+        optimizer.param_groups[0]["norm_stats"] = [(model[1], "running_mean", 1), (model[1], "running_var", 2)]
+        assert "norm_stats" not in optimizer.state_dict()["param_groups"][0]
+        model.load_state_dict(made[0].state_dict())
+        optimizer.load_state_dict(made[1].state_dict())
+        assert torch.allclose(trained(model, optimizer, steps=range(4, 16)), expected(), **CLOSE)
+
+    def test_of_groups_that_somebody_copied(self, target):
+        model, optimizer = pair(target)
+        trained(model, optimizer, steps=range(4))
+        optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+        assert torch.allclose(trained(model, optimizer, steps=range(4, 16)), expected(), **CLOSE)
+
     def test_by_a_function(self, target):
         model = network(device=target.device)
         group = {
