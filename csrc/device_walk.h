@@ -29,7 +29,11 @@ class DeviceWalk {
  public:
   // kernel: is called from Python with the tables and takes the place of that of this library, if it is not None.
   DeviceWalk(const OnDevice& on_device, const MomentumDtype& momentum_dtype, bool capturing, const py::object& kernel)
-      : on_device_(on_device), momentum_dtype_(momentum_dtype), capturing_(capturing), kernel_(kernel), plan_(rows_, on_device.states.device()) {}
+      : on_device_(on_device),
+        momentum_dtype_(momentum_dtype),
+        capturing_(capturing),
+        kernel_(kernel),
+        plan_(rows_, on_device.states.device()) {}
 
   // Walks over the groups and changes nothing. Returns why the step cannot be taken in this way, or null;
   // the text lives as long as this object.

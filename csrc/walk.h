@@ -99,7 +99,7 @@ class Walk {
     if (!left_.empty() || !new_bufs_.empty() || on_cpu_.lends_interpreter() || cpu_.kernel || cuda_.kernel) hold();
   }
 
-  // Takes tensors for rows that are given: pairs of a row and (param, grad, buffer or None), of which there is no grad.
+  // Takes tensors for rows that are given: pairs of a row and (param, None, buffer or None).
   // Returns the places of those that the kernels do not take.
   std::vector<size_t> walk_rows(const std::vector<py::tuple>& work, const Taker& cpu, const Taker& cuda) {
     start(cpu, cuda);

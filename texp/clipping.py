@@ -27,7 +27,8 @@ def clip_grad_norm_(
 
     Returns the norm over all gradients before clipping, a tensor of one element. Gradients are modified in place.
     Under a GradScaler, unscale them first. Raises RuntimeError for a norm that is not finite if that was asked for,
-    and ValueError for a max_norm that is negative or NaN; gradients are then as they were.
+    ValueError for a max_norm that is negative or NaN, and TypeError where there is no texp.SGD; gradients are then as
+    they were.
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be at least 0, got {max_norm}")

@@ -1,5 +1,6 @@
 """What stands in a parameter group of texp.SGD, and what may stand there. An ordinary group has the keys of
-torch.optim.SGD and no others; one in exponential form has `scale_invariant` and its scale besides, plain numbers all.
+torch.optim.SGD and no others; one in exponential form has `scale_invariant` and its scale besides, plain numbers all,
+and `started` in a process that holds none of its parameters.
 """
 
 import warnings

@@ -86,9 +86,9 @@ class SGD(torch.optim.Optimizer):
     (tensor, power), which holds until the model replaces it. The optimizer takes them out of the group and keeps
     them in :attr:`norm_stats`. They are not in state dicts: a run is resumed with groups that have them.
 
-    On GPUs, P and κ are on the device while steps are captured with capturable=True or may be skipped by a
-    GradScaler, and what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr` and
-    :meth:`state_dict`.
+    On GPUs, P and κ are on the device while steps are captured with capturable=True or, with fused=True, may be
+    skipped by a GradScaler, and what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr`
+    and :meth:`state_dict`.
 
     A step modifies in place: parameters, momentum buffers, norm_stats. It never writes to a gradient. With fused=True
     a step under a GradScaler unscales the gradients while reading them; where the scaler found an inf or a NaN,
@@ -559,8 +559,8 @@ class SGD(torch.optim.Optimizer):
             self._norm_stats.put(new, its or [])
         given = [self._given_to(group) for group in before] or map(folding.given, self.param_groups)
         self._given = list(zip(self.param_groups, given, strict=True))
-        for key in ("_backend", "capturable", "momentum_dtype", "_step_supports_amp_scaling"):
-            self.__dict__.setdefault(key, _OPTIONS[key])
+        for key, value in _OPTIONS.items():
+            self.__dict__.setdefault(key, value)
         self._find_kernels()
         self._forget_folded()
         for group in self.param_groups:

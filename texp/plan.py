@@ -229,8 +229,8 @@ def _check_sparse(index: int, hyper: Hyperparameters, row: Row, entry: Entry) ->
 
 
 def _check_fused(group: dict[str, Any], entry: Entry) -> None:
-    """Raises what torch does with fused=True for tensors that its fused step does not take; its kernels and those
-    here take a DTensor's neither, but that is no reason to refuse one.
+    """Raises, in torch's words, where fused=True was asked for and torch's fused step takes no such tensor. DTensors,
+    which it refuses too, are taken here.
     """
     if not group["fused"] or entry.grad is None:
         return

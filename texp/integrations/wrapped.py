@@ -1,5 +1,6 @@
 """The texp.SGD inside of what frameworks wrap around an optimizer."""
 
+from texp import groups
 from texp.optimizer import SGD
 
 # Where a wrapper keeps what it wraps: Lightning, accelerate and DeepSpeed, ZeroRedundancyOptimizer, opacus, SAM of
@@ -26,8 +27,4 @@ def texp_sgd(optimizer: object) -> SGD | None:
 
 def has_exponential_groups(optimizer: SGD) -> bool:
     """Whether any of its parameters hold, or are about to hold, anything but θ."""
-    return any(
-        group.get("scale_invariant", False)
-        or (group.get("scale", 1.0), group.get("carried_decay", 0.0)) != (1.0, 0.0)
-        for group in optimizer.param_groups
-    )
+    return any(map(groups.is_exponential, optimizer.param_groups))
