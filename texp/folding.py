@@ -138,11 +138,21 @@ def _checked(optimizer: Any, items: list[_Item], rows: list[Row]) -> list[tuple[
         entry = _entry(optimizer, item)
         if entry is None or (item.what == "gradient" and id(entry.param) in gradients):
             continue
-        plan.check_tensors(item.index, row, entry)
+        if not _is_surely_writable(entry):  # to be sure of all in the same way would cost more than to fold them
+            plan.check_tensors(item.index, row, entry)
         if item.what == "gradient":
             gradients.add(id(entry.param))
         work.append((row, entry))
     return work
+
+
+def _is_surely_writable(entry: Entry) -> bool:
+    p, _, b = entry
+    return _is_usual(p) and (b is None or (_is_usual(b) and b.shape == p.shape and b.device == p.device))
+
+
+def _is_usual(x: Tensor) -> bool:
+    return type(x) in PLAIN and x.layout == torch.strided and x.is_contiguous() and not x.is_inference()
 
 
 def _itself(x: Tensor) -> Tensor:
