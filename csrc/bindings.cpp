@@ -94,11 +94,13 @@ py::object step_on_device(const py::list& groups, const py::dict& norm_stats, co
 }
 
 // Applies rows to tensors: pairs of a row and (param, None, buffer or None). Returns the places of those that no kernel
-// takes.
-std::vector<size_t> apply_rows(const std::vector<py::tuple>& work, const py::object& cpu, const py::object& cuda) {
+// takes. `check` is called with them, if there are any, before anything is changed; it may raise.
+std::vector<size_t> apply_rows(const std::vector<py::tuple>& work, const py::object& check, const py::object& cpu,
+                               const py::object& cuda) {
   at::NoGradGuard no_grad;
   UsedWalk used;
   const std::vector<size_t> left = used.walk.walk_rows(work, Taker(cpu), Taker(cuda));
+  if (!left.empty()) check(left);
   used.walk.run();
   return left;
 }
@@ -153,7 +155,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("step_on_device", &texp::step_on_device, py::arg("groups"), py::arg("norm_stats"), py::arg("state"),
              py::arg("momentum_dtype"), py::arg("states"), py::arg("started"), py::arg("ticket"), py::arg("grad_scale"),
              py::arg("found_inf"), py::arg("capturing"), py::arg("kernel") = py::none());
-  module.def("apply_rows", &texp::apply_rows, py::arg("work"), py::arg("cpu") = true, py::arg("cuda") = false);
+  module.def("apply_rows", &texp::apply_rows, py::arg("work"), py::arg("check"), py::arg("cpu") = true,
+             py::arg("cuda") = false);
   module.def("advance", &texp::advance_tuple, py::arg("scale"), py::arg("hyper"), py::arg("first"), py::arg("grad_scale"));
   module.def("cpu_variants", &texp::cpu_variants);
   module.def("use_cpu_variant", &texp::use_cpu_variant, py::arg("name"));

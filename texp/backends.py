@@ -161,9 +161,15 @@ def kernels(name: str | None, gpus: Iterable[torch.device] = ()) -> Kernels:
     return Kernels(core_, cpu)
 
 
-def apply(kernels: Kernels, work: list[tuple[Row, Entry]]) -> None:
-    """Applies its row to each tensor, by those kernels, or in plain torch where they cannot take it."""
-    left = range(len(work)) if kernels.core is None else kernels.core.apply_rows(work, kernels.cpu, kernels.cuda)
+def apply(kernels: Kernels, work: list[tuple[Row, Entry]], check: Callable[[Iterable[int]], object]) -> None:
+    """Applies its row to each tensor, by those kernels, or in plain torch where they cannot take it: `check` is
+    called with the places of these, before anything is changed, and may raise.
+    """
+    if kernels.core is None:
+        left = range(len(work))
+        check(left)
+    else:
+        left = kernels.core.apply_rows(work, check, kernels.cpu, kernels.cuda)
     work = [work[i] for i in left]
     shared = that_share_memory(reference.written(entry for _, entry in work))
     for row, entries in reference.in_batches(work, shared):

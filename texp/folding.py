@@ -34,8 +34,8 @@ class _Item(NamedTuple):
 
 def fold(optimizer: Any) -> None:
     """Turns all groups into θ and v, in place, and their gradients into those at θ."""
-    items = _items(optimizer)
-    _apply(optimizer, _checked(optimizer, items, [item.fold for item in items]))
+    items, work = _work(optimizer, _items(optimizer), "fold")
+    _apply(optimizer, work, lambda left: _check([items[i] for i in left], [work[i] for i in left]))
     _set_scales(optimizer, [(group, Scale()) for group in optimizer.param_groups])
 
 
@@ -55,7 +55,7 @@ class Folded:
         """
         items = [*self._items, *self._added()]
         gradients = set()  # one may be of several parameters
-        _checked(self._optimizer, items, [item.unfold for item in items])
+        _check(*_work(self._optimizer, items, "unfold"))
         for batch in _batches(items, self._saved + [None] * (len(items) - len(self._saved))):
             again = [_copy(saved) for _, saved in batch]
             work = [(item.fold, entry) for (item, _), entry in zip(batch, again, strict=True) if entry]
@@ -129,21 +129,25 @@ def _of_params(index: int, params: list[Tensor], scale: Scale) -> list[_Item]:
     ]
 
 
-def _checked(optimizer: Any, items: list[_Item], rows: list[Row]) -> list[tuple[Row, Entry]]:
-    """The rows and what they are for. Raises where a tensor cannot be written to; one gradient of several parameters
-    is there once.
-    """
-    work, gradients = [], set()
-    for item, row in zip(items, rows, strict=True):
+def _work(optimizer: Any, items: list[_Item], way: str) -> tuple[list[_Item], list[tuple[Row, Entry]]]:
+    """What there is of the items, and their rows; one gradient of several parameters is there once."""
+    there, work, gradients = [], [], set()
+    for item in items:
         entry = _entry(optimizer, item)
         if entry is None or (item.what == "gradient" and id(entry.param) in gradients):
             continue
-        if not _is_surely_writable(entry):  # to be sure of all in the same way would cost more than to fold them
-            plan.check_tensors(item.index, row, entry)
         if item.what == "gradient":
             gradients.add(id(entry.param))
-        work.append((row, entry))
-    return work
+        there.append(item)
+        work.append((getattr(item, way), entry))
+    return there, work
+
+
+def _check(items: list[_Item], work: list[tuple[Row, Entry]]) -> None:
+    """Raises where a tensor cannot be written to."""
+    for item, (row, entry) in zip(items, work, strict=True):
+        if not _is_surely_writable(entry):  # to be sure of all in the same way would cost more than to fold them
+            plan.check_tensors(item.index, row, entry)
 
 
 def _is_surely_writable(entry: Entry) -> bool:
@@ -268,8 +272,8 @@ def _batches(items: list[_Item], saved: list[Entry | None]) -> Iterator[list[tup
         yield batch
 
 
-def _apply(optimizer: Any, work: list[tuple[Row, Entry]]) -> None:
-    backends.apply(optimizer._kernels, work)
+def _apply(optimizer: Any, work: list[tuple[Row, Entry]], check: Callable = lambda left: None) -> None:
+    backends.apply(optimizer._kernels, work, check)
 
 
 def _set_scales(optimizer: Any, scales: list[tuple[dict[str, Any], Scale]]) -> None:

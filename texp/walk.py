@@ -85,9 +85,13 @@ class Walk:
             self._last = last
         return left
 
-    def apply_rows(self, work: list[tuple[Row, Entry]], cpu: object, cuda: object) -> list[int]:
+    def apply_rows(
+        self, work: list[tuple[Row, Entry]], check: Callable[[list[int]], object], cpu: object, cuda: object
+    ) -> list[int]:
         """Applies rows to tensors; returns the places of those that it leaves to others: here, of all."""
-        return list(range(len(work)))
+        left = list(range(len(work)))
+        check(left)
+        return left
 
     @torch.no_grad()
     def step_on_device(
