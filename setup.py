@@ -86,7 +86,7 @@ if NO_CORE:
 setup(
     packages=["texp", "texp.integrations", "texp.kernels", "texp.csrc"],
     package_dir={"texp.kernels": "kernels", "texp.csrc": "csrc"},
-    package_data={"texp.csrc": ["*"]},
+    package_data={"texp.csrc": ["*.*", "*/*"]},
     ext_modules=[] if NO_CORE else [Extension("texp._C", [])],
     cmdclass={"build_py": BuildPy, "build_ext": BuildCore},
 )

@@ -205,7 +205,7 @@ def make(folder: Path, torch: Torch, python: Python, *, with_cuda: bool, jobs: i
     ):
 
         def compiled(source: str) -> list[str]:
-            made = f"{scratch}/{Path(source).stem}.o"
+            made = f"{scratch}/{source.replace('/', '_')}.o"
             build.run([*compiler(), *flags, "-c", str(build.SOURCES / source), "-o", made], log)
             return [made]
 

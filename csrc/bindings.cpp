@@ -11,10 +11,10 @@
 #include <utility>
 #include <vector>
 
-#include "device_walk.h"
-#include "plan.h"
-#include "scale.h"
-#include "walk.h"
+#include "host/device_walk.h"
+#include "host/tensor_list.h"
+#include "math/scale.h"
+#include "host/gather.h"
 
 namespace texp {
 namespace {

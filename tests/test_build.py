@@ -38,7 +38,7 @@ def test_the_first_error_is_told(case):
 
 def test_an_error_is_told_in_short():
     """In one line, without the folder of the sources; where there is no line at all, with none."""
-    assert build.first_error(f"{build.SOURCES}/row.h:1:  error:\tno\n") == "csrc/row.h:1: error: no"
+    assert build.first_error(f"{build.SOURCES}/math/row.h:1:  error:\tno\n") == "csrc/math/row.h:1: error: no"
     assert build.first_error(" \n") == ""
 
 
@@ -74,7 +74,7 @@ class TestTheNameOfACore:
         name = build.core_name(False)
         monkeypatch.setattr(build, "SOURCES", tmp_path / "csrc")
         assert build.core_name(False) == name
-        with (tmp_path / "csrc" / "row.h").open("a") as file:
+        with (tmp_path / "csrc" / "math" / "row.h").open("a") as file:
             file.write(" ")
         assert build.core_name(False) != name
 

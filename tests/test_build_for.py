@@ -262,14 +262,16 @@ def test_the_kernel_is_compiled_and_linked(tmp_path, compiler):
     *compiled, link = (made.parent / "build.log").read_text().splitlines()
     *cpp, kernel = sorted(compiled, key=lambda command: command.startswith(str(nvcc)))
     assert kernel.startswith(f"{nvcc} {shlex.join(build.CUDA_FLAGS)} '-gencode=arch=compute_72,code=[sm_72]' ")
-    assert sorted(Path(command.split()[-3]).name for command in cpp) == sorted(build.CPP_SOURCES)
+    assert sorted(command.split()[-3] for command in cpp) == sorted(
+        str(build.SOURCES / name) for name in build.CPP_SOURCES
+    )
     for command in cpp:
         assert command.startswith(f"{compiler} -v {shlex.join(build.FLAGS)} ")
         assert {f"-D{build.WITH_CUDA}", "-DNDEBUG", f"-I{tmp_path}/torch/include", f"-I{INCLUDE}"} <= {
             *command.split()
         }
     assert link.startswith(f"{compiler} -v -shared {shlex.join(build.OPENMP)}")
-    assert f"/step_cuda.o {tmp_path}/libcudart_static.a " in link
+    assert f"/cuda_kernels.o {tmp_path}/libcudart_static.a " in link
     assert f" -L{tmp_path}/torch/lib -lc10 -ltorch -ltorch_cpu -ltorch_python -lrt " in link
 
 

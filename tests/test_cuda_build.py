@@ -178,7 +178,7 @@ def compiled(tmp_path_factory) -> dict[str, tuple[Path, str]]:
             f"-arch={arch}",
             "-Xptxas",
             "-v",
-            "csrc/step_cuda.cu",
+            "csrc/cuda/kernels.cu",
             "-o",
             str(cubin),
         ]

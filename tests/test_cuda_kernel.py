@@ -1,4 +1,4 @@
-"""csrc/step_cuda.cu, compiled for the host with a stand-in for CUDA (tests/cuda_on_host): what it computes, and where
+"""csrc/cuda/kernels.cu, compiled for the host with a stand-in for CUDA (tests/cuda_on_host): what it computes, and where
 it writes. The same source is compiled by nvcc in test_cuda_build.py, and run on a GPU by tests marked `gpu`."""
 
 import ctypes
@@ -82,11 +82,11 @@ class CDevice(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    library = tmp_path_factory.mktemp("cuda") / "step_cuda.so"
+    library = tmp_path_factory.mktemp("cuda") / "kernels.so"
     # Without -ffp-contract=off, the compiler would fuse what nvcc is told not to.
     command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread"]
     command += [f"-I{ROOT / 'tests' / 'cuda_on_host'}", f"-I{ROOT / 'csrc'}", "-x", "c++"]
-    subprocess.run([*command, str(ROOT / "csrc" / "step_cuda.cu"), "-o", str(library)], check=True)
+    subprocess.run([*command, str(ROOT / "csrc" / "cuda" / "kernels.cu"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.texp_cuda_step.restype = loaded.texp_cuda_load.restype = ctypes.c_char_p
     loaded.texp_cuda_step.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64) + (

@@ -32,7 +32,8 @@ SCRATCH = "building-"  # what the names of folders begin with that are there onl
 
 CORE_FILE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
-CPP_SOURCES = ("bindings.cpp", "step_cpu.cpp")
+CPP_SOURCES = ("bindings.cpp", "cpu/kernels.cpp")
+CUDA_SOURCE = "cuda/kernels.cu"
 WITH_CUDA = "TEXP_WITH_CUDA"  # the macro that they see where the CUDA kernel is to be linked
 
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off"]
@@ -124,7 +125,7 @@ def core_name_for(version: str, git_version: str, cxx11_abi: bool, file: str, wi
         gpus = "" if archs() == CUDA_ARCHS.split(";") else "_".join(["", *archs()])
     digest = hashlib.sha256(repr(made_from).encode())
     for path in sorted(path for path in SOURCES.rglob("*") if path.suffix in (".h", ".cpp", ".cu")):
-        digest.update(path.name.encode() + path.read_bytes())
+        digest.update(str(path.relative_to(SOURCES)).encode() + path.read_bytes())
     abi = file.removeprefix("_C.").partition(".")[0]
     return f"torch-{version}-{abi}{'-cuda' if with_cuda else ''}-{digest.hexdigest()[:12]}{gpus}"
 
@@ -147,7 +148,7 @@ def toolkit() -> tuple[str, str]:
         raise BuildError(f"there is no nvcc in {f'CUDA_HOME={home}' if home else 'PATH or /usr/local/cuda/bin'}")
     # Where its libraries are, nvcc says itself: it may be a script, and every distribution has other folders.
     try:
-        done = subprocess.run([nvcc, "--dryrun", "-c", "step_cuda.cu"], capture_output=True, text=True)
+        done = subprocess.run([nvcc, "--dryrun", "-c", "kernels.cu"], capture_output=True, text=True)
     except OSError as error:
         raise BuildError(f"{nvcc} does not run: {error.strerror}") from None
     for folder in re.findall(r'"-L(.+?)"', done.stderr):
@@ -266,8 +267,8 @@ def _sanitizers() -> list[str]:
 def compile_kernel(scratch: str, log: TextIO) -> list[str]:
     """Returns what is to be linked. Torch's own command for CUDA sources is refused by a torch without CUDA."""
     nvcc, runtime = toolkit()
-    made = f"{scratch}/step_cuda.o"
-    command = [nvcc, *CUDA_FLAGS, *_arch_flags(nvcc), "-c", str(SOURCES / "step_cuda.cu"), "-o", made]
+    made = f"{scratch}/cuda_kernels.o"
+    command = [nvcc, *CUDA_FLAGS, *_arch_flags(nvcc), "-c", str(SOURCES / CUDA_SOURCE), "-o", made]
     run(command, log)
     return [made, runtime]
 

@@ -1,4 +1,4 @@
-// As much of CUDA as csrc/step_cuda.cu uses, on the CPU: blocks run one after the other, the threads of a block are threads.
+// As much of CUDA as csrc/cuda/kernels.cu uses, on the CPU: blocks run one after the other, the threads of a block are threads.
 // What this cannot show is what the hardware does: coalescing, caches, the order of memory between blocks.
 #pragma once
 

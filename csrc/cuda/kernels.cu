@@ -13,8 +13,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda.h"
-#include "tiles.h"
+#include "kernels.h"
+#include "../math/tiles.h"
 
 namespace texp::cuda {
 namespace {

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "row.h"
-#include "scale.h"
-#include "step.h"
+#include "../math/row.h"
+#include "../math/scale.h"
+#include "../cpu/kernels.h"
 
 namespace texp::cuda {
 

@@ -14,10 +14,10 @@
 #include <string>
 #include <vector>
 
-#include "groups.h"
+#include "python.h"
 #include "launch.h"
-#include "plan.h"
-#include "scale.h"
+#include "tensor_list.h"
+#include "../math/scale.h"
 
 namespace texp {
 

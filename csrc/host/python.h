@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "scale.h"
+#include "../math/scale.h"
 
 namespace texp {
 

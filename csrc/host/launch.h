@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda.h"
-#include "plan.h"
+#include "../cuda/kernels.h"
+#include "tensor_list.h"
 
 namespace texp {
 

@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "step.h"
+#include "../cpu/kernels.h"
 
 namespace texp {
 

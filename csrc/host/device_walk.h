@@ -11,10 +11,10 @@
 #include <utility>
 #include <vector>
 
-#include "cuda.h"
-#include "groups.h"
+#include "../cuda/kernels.h"
+#include "python.h"
 #include "launch.h"
-#include "plan.h"
+#include "tensor_list.h"
 
 namespace texp {
 

@@ -7,8 +7,8 @@
 #include <string>
 #include <type_traits>
 
-#include "step.h"
-#include "tiles.h"
+#include "kernels.h"
+#include "../math/tiles.h"
 
 namespace texp {
 namespace {
