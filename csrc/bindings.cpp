@@ -49,7 +49,7 @@ MomentumDtype momentum_dtype_of(const py::object& dtype) {
 //
 // `check` is called with that list, if it is not empty, before anything is changed; it may raise. cpu, cuda: who takes
 // tensors there: False for nobody, True for the kernel of this library, or one that is called, see csrc/launch.h.
-// norm_stats: a texp.norm_stats.NormStats. momentum_dtype: a torch.dtype or None.
+// norm_stats: a texp.step.norm_stats.NormStats. momentum_dtype: a torch.dtype or None.
 py::list step(const py::list& groups, const py::dict& norm_stats, const py::dict& state, double grad_scale,
               const py::object& momentum_dtype, const py::object& check, const py::object& cpu, const py::object& cuda) {
   at::NoGradGuard no_grad;
@@ -65,7 +65,7 @@ py::list step(const py::list& groups, const py::dict& norm_stats, const py::dict
     walk.drop_states(state);
     throw;
   }
-  if (walk.averaged()) py::module_::import("texp.groups").attr("warn_of_averaging")();
+  if (walk.averaged()) py::module_::import("texp.step.groups").attr("warn_of_averaging")();
   return left;
 }
 
@@ -116,7 +116,7 @@ py::tuple advance_tuple(const py::tuple& scale, const py::tuple& h, bool first, 
                         py::make_tuple(step.scale.P, step.scale.exponent, step.scale.kappa), step.growth);
 }
 
-// texp.reference.apply for tensors that the kernel can take; raises ValueError, with the reason, for others.
+// texp.backends.reference.apply for tensors that the kernel can take; raises ValueError, with the reason, for others.
 void apply(const py::tuple& row, const py::iterable& entries) {
   at::NoGradGuard no_grad;
   Rows rows;
@@ -148,7 +148,7 @@ std::pair<int, const char*> cuda_devices() {
 }  // namespace texp
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The C++ core of texp; see texp/optimizer.py and texp/backends.py.";
+  module.doc() = "The C++ core of texp; see texp/optimizer.py and texp/backends.";
   module.def("observed", &at::hasCallbacks, "Whether a profiler or another observer is to see the next step.");
   module.def("step", &texp::step, py::arg("groups"), py::arg("norm_stats"), py::arg("state"), py::arg("grad_scale"),
              py::arg("momentum_dtype"), py::arg("check"), py::arg("cpu") = true, py::arg("cuda") = false);

@@ -123,7 +123,7 @@ class DeviceWalk {
     }
     const int32_t first_slot = std::exchange(slot, slot + static_cast<int32_t>(params_.size()));
     if (capturing_ && !all) return "a parameter has no gradient: replays would go on without it";
-    // A group in exponential form of which this process holds no parameter follows the others' (texp/groups.py `steps`).
+    // A group in exponential form of which this process holds no parameter follows the others' (texp/step/groups.py `steps`).
     if (!steps && !params_.empty()) return nullptr;
     const bool scale_invariant = reader_.scale_invariant(group);
     const Scale known = reader_.scale(StoredScale(group), index);  // when the state was last on the host

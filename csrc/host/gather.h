@@ -1,4 +1,4 @@
-// A step over parameter groups, as texp/plan.py would take it: a walk that changes nothing, then whatever can fail, then
+// A step over parameter groups, as texp/step/gather.py would take it: a walk that changes nothing, then whatever can fail, then
 // the kernel.
 #pragma once
 
@@ -242,7 +242,7 @@ class Walk {
       const Param& param = reader_.param(PySequence_Fast_GET_ITEM(list, i), params_);
       steps = steps || param.has_grad();
     }
-    // A group in exponential form of which this process holds no parameter follows the others' (texp/groups.py `steps`).
+    // A group in exponential form of which this process holds no parameter follows the others' (texp/step/groups.py `steps`).
     const bool empty = params_.empty();
     if (!steps && !empty) return;
 

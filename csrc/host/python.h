@@ -115,7 +115,7 @@ inline void drop_if_empty(const py::dict& state, py::handle param) {
   PyErr_Clear();
 }
 
-// The statistics of each group and their powers of P, as texp.norm_stats finds them; null: no group has any. Runs Python
+// The statistics of each group and their powers of P, as texp.step.norm_stats finds them; null: no group has any. Runs Python
 // code.
 inline py::object found_stats(const py::list& groups, const py::dict& norm_stats) {
   bool any = PyDict_GET_SIZE(norm_stats.ptr()) != 0;
@@ -303,7 +303,7 @@ class Reader {
 
   // Raises where the group's scale is wrong.
   static void check(PyObject* group, Py_ssize_t index) {
-    py::module_::import("texp.groups").attr("check_step")(index, py::handle(group));
+    py::module_::import("texp.step.groups").attr("check_step")(index, py::handle(group));
   }
 
   // A tensor hashes by identity in a Python method, which would cost more than the look-up.
