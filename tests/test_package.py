@@ -1,6 +1,5 @@
 """What is installed, and that the README says what is."""
 
-import ast
 import csv
 import importlib.metadata
 import importlib.util
@@ -246,13 +245,6 @@ def test_the_source_distribution(tmp_path):
         done = subprocess.run(command, cwd=unpacked, env=environment(**changes), capture_output=True, text=True)
         assert done.returncode == code, done.stdout
     assert f"TEXP_NATIVE=1 asks for the C++ core, but {NO_COMPILER[1]}" in done.stderr
-
-
-def test_theory_imports_nothing_but_the_standard_library():
-    tree = ast.parse((ROOT / "texp" / "theory.py").read_text())
-    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert modules == {"math", "collections.abc", "typing"}
 
 
 class TestReadme:

@@ -249,7 +249,7 @@ cp {tmp_path}/torch/lib/libtorch_python.so "$made"
 
 
 def test_the_kernel_is_compiled_and_linked(tmp_path, compiler):
-    """For the GPUs that are named; as it is in texp/build.py, which is asked for the flags."""
+    """For the GPUs that are named; as it is in texp/native/build.py, which is asked for the flags."""
     (tmp_path / "bin").mkdir()
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.write_text(f'#!/bin/sh\nif [ "$1" = --dryrun ]; then echo \'#$ LIBRARIES=  "-L{tmp_path}"\' >&2; fi\n')
