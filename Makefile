@@ -14,7 +14,7 @@ $(error VENV must name one folder, without spaces; got '$(VENV)')
 endif
 
 # When this checkout was last set up for the environment. What it was told to build is not part of that: the core is
-# built again when it is needed for something else, whatever that is (texp/build.py).
+# built again when it is needed for something else, whatever that is (texp/native/build.py).
 READY := .ready-$(subst /,-,$(VENV))
 
 .PHONY: demo paper test integration lint matrix sanitize clean
@@ -66,7 +66,8 @@ clean:
 	rm -rf .venv .ready* build dist *.egg-info texp/_native
 
 # The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not looked for: Python has its own.
-SANITIZED_TESTS := $(addprefix tests/test_,core.py host.py refusals.py rows.py optimizer.py sparse.py amp.py state_dicts.py)
+SANITIZED_TESTS := $(addprefix tests/,$(addsuffix .py,backends/test_core backends/test_rows step/test_host test_refusals \
+	test_optimizer test_sparse test_amp test_state_dicts))
 sanitize: export TEXP_NATIVE = 1
 sanitize: export TEXP_SANITIZE = address,undefined
 sanitize: $(READY)

@@ -3,7 +3,7 @@
 TEXP_NATIVE=auto (default) builds the core where torch and a compiler can be found; otherwise, as where pip hides
 torch from the build, the first use builds it. 1 fails where it cannot be built; 0 leaves it out. TEXP_CUDA says it of
 the CUDA kernel, which needs the core, nvcc and CUDA's static runtime, but no GPU and no torch built with CUDA;
-TEXP_CUDA_ARCHS says for which GPUs. How all this is built is in texp/build.py.
+TEXP_CUDA_ARCHS says for which GPUs. How all this is built is in texp/native/build.py.
 """
 
 import importlib.util
@@ -11,11 +11,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-spec = importlib.util.spec_from_file_location("texp_build", "texp/build.py")
+spec = importlib.util.spec_from_file_location("texp_build", "texp/native/build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
@@ -84,7 +84,7 @@ if NO_CORE:
 # The Triton kernels live in the folder kernels/ and are imported as texp.kernels: there is another `kernels` on
 # PyPI, so that name is never installed at the top level. The core's sources travel along, for the first use to build.
 setup(
-    packages=["texp", "texp.integrations", "texp.kernels", "texp.csrc"],
+    packages=[*find_packages(include=["texp", "texp.*"]), "texp.kernels", "texp.csrc"],
     package_dir={"texp.kernels": "kernels", "texp.csrc": "csrc"},
     package_data={"texp.csrc": ["*.*", "*/*"]},
     ext_modules=[] if NO_CORE else [Extension("texp._C", [])],

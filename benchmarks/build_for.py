@@ -26,13 +26,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-# texp/build.py leaves to the torch that is running how its extensions are compiled and linked. Here none is running,
-# so what it would say is read from the files of its wheel.
+# texp/native/build.py leaves to the torch that is running how its extensions are compiled and linked. Here none is
+# running, so what it would say is read from the files of its wheel.
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Not imported as a part of texp, which needs torch.
-_spec = importlib.util.spec_from_file_location("texp_build", ROOT / "texp" / "build.py")
+_spec = importlib.util.spec_from_file_location("texp_build", ROOT / "texp" / "native" / "build.py")
 build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(build)
 BuildError = build.BuildError
@@ -188,7 +188,7 @@ def core_name(torch: Torch, python: Python, with_cuda: bool) -> str:
 
 
 def make(folder: Path, torch: Torch, python: Python, *, with_cuda: bool, jobs: int) -> Path:
-    """Compiles, links and checks the core in this folder, as texp.build.build does, and returns its path.
+    """Compiles, links and checks the core in this folder, as texp.native.build.build does, and returns its path.
 
     Args:
         jobs: how many compilers run at a time.

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import texp
-from tests.models import CASES, Case
+from tests.invariance.models import CASES, Case
 
 STEPS = 100
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.02}  # so much decay that P passes 2 three times

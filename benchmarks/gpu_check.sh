@@ -26,7 +26,8 @@ rm -f "$out"/{summary.json,step_time.csv,step_time.png,stages.txt}
 install='
 import os, shutil, sys
 from pathlib import Path
-from texp import build, native
+from texp import native
+from texp.native import build
 given = Path(sys.argv[1])
 if not given.is_file():
     sys.exit("there is no such file")
@@ -136,7 +137,8 @@ fi
 grids='test_the_whole_grid or test_outside_the_range or test_250_steps'
 few="not ($grids) or (cosine and 0.3 and not reference and not high and not fixed)"
 if has pytest hypothesis; then
-  mapfile -t files < <(grep -LE 'texp[.]cli|import cli|test_package|from benchmarks|texp[.](param_groups|audit)' tests/test_*.py)
+  others='texp[.](bench|cli)|test_package|from benchmarks|texp[.](param_groups|audit)'
+  mapfile -t files < <(find tests -name 'test_*.py' -not -path 'tests/integration/*' | sort | xargs grep -LE "$others")
   export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
   options=(-q -p no:cacheprovider)
   cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)

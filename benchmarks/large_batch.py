@@ -29,9 +29,9 @@ import texp
 from benchmarks import large_batch_report
 from benchmarks.large_batch_training import AMP, GROUPS, Training, device_of, local_world, rank, world
 from texp import backends
-from texp.bench import cpu_model
-from texp.command import EXTRA, UsageError, check_writable, make_console
-from texp.demo import load_digits
+from texp.bench.step_time import cpu_model
+from texp.cli.common import EXTRA, UsageError, check_writable, make_console
+from texp.cli.digits import load_digits
 
 CHOICES = {
     "optimizer": ("texp", "torch", "texp,torch"),

@@ -1,7 +1,7 @@
 """How benchmarks/large_batch.py trains: the model, the LR, the two optimizers, and an epoch of steps.
 
-The model is the small ResNet of texp.demo on scikit-learn's digits, which are kept in the device's memory. For other
-data, put a model into `make_model`, and a DataLoader with a DistributedSampler into `Training.epoch`.
+The model is the small ResNet of texp.cli.digits on scikit-learn's digits, which are kept in the device's memory. For
+other data, put a model into `make_model`, and a DataLoader with a DistributedSampler into `Training.epoch`.
 """
 
 import math
@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import texp
-from texp.demo import Digits, PreActResNet
-from texp.invariance import bias_or_norm
+from texp.cli.digits import Digits, PreActResNet
+from texp.invariance.audit import bias_or_norm
 
 if TYPE_CHECKING:
     from benchmarks.large_batch import Options

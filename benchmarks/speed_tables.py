@@ -6,7 +6,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 
-# Rows: models of texp.shapes.MODELS, and what README calls them.
+# Rows: models of texp.bench.shapes.MODELS, and what README calls them.
 LABELS = {
     "161 tiny tensors": "161 tiny tensors (what a call costs)",
     "465 tiny groups": "465 parameter groups of one tiny tensor",

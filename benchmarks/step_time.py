@@ -2,6 +2,6 @@
 
 import sys
 
-from texp.cli import run
+from texp.cli.app import run
 
 sys.exit(run(["bench", *sys.argv[1:]]))

@@ -75,7 +75,7 @@ def target(request) -> Target:
 
 @pytest.fixture(params=targets(interpreted=False))
 def swift_target(request) -> Target:
-    """A backend by name, for hundreds of steps; tests/test_triton.py has shorter runs for Triton's interpreter."""
+    """A backend by name, for hundreds of steps; backends/test_triton.py has shorter runs for Triton's interpreter."""
     return request.param
 
 

@@ -300,7 +300,7 @@ def test_in_float32_nothing_is_lost_but_by_rounding(target, nesterov):
     """60 steps in float32 against torch.optim.SGD in float64, P rescaled about ten times. The gradients g of θ are
     given, and so the steps are linear in θ and v.
 
-    A row rounds at most ten times by an ulp, half of them up (tests/test_rows.py), relative to what is summed:
+    A row rounds at most ten times by an ulp, half of them up (backends/test_rows.py), relative to what is summed:
     |θ| in p, and |v| + κ|θ| + |g| in P·b, which comes to θ times η/(1 − γ) at most. Inside the theorem's range the
     steps damp both without oscillation, so the errors of all steps at most add up.
     """

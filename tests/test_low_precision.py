@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import texp
-from tests.models import resnet
+from tests.invariance.models import resnet
 
 OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.05}  # at the limit of the theorem's range: P grows fast
 

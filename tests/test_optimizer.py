@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import texp
-import texp.groups
+import texp.step.groups
 from tests.conftest import profiler, relative_error, same_bits
 from tests.states import assert_unchanged, param, snapshot
 

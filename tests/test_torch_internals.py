@@ -80,7 +80,7 @@ def test_a_step_is_the_same(without, monkeypatch):
     stepped = []
     for names in (torch_internals, without):
         for name in ("foreach_add", "foreach_add_", "foreach_mul", "foreach_copy_"):
-            monkeypatch.setattr(texp.reference, name, getattr(names, name))
+            monkeypatch.setattr(texp.backends.reference, name, getattr(names, name))
         p = nn.Parameter(torch.arange(4.0))
         optimizer = texp.SGD([p], lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True, backend="reference")
         for _ in range(3):
@@ -99,4 +99,6 @@ def test_they_stand_nowhere_else():
     found = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.splitlines()
     assert found
     others = [line for line in found if not line.startswith("texp/torch_internals.py")]
-    assert others == [line for line in others if "torch._dynamo" in line and line.startswith("texp/probe.py")]
+    assert others == [
+        line for line in others if "torch._dynamo" in line and line.startswith("texp/invariance/probe.py")
+    ]

@@ -2,10 +2,10 @@
 
 from texp import backends, schedules, theory
 from texp.clipping import clip_grad_norm_
-from texp.equations import AuditError
-from texp.invariance import Audit, audit, param_groups
-from texp.norm_stats import NormStat
+from texp.invariance.audit import Audit, audit, param_groups
+from texp.invariance.equations import AuditError
 from texp.optimizer import SGD
+from texp.step.norm_stats import NormStat
 
 __all__ = [
     "SGD",

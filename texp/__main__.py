@@ -10,7 +10,7 @@ def main() -> None:
     if sys.argv[1:] == ["build"]:  # in container images there are often no libraries of the command line
         sys.exit(native.main())
     try:
-        from texp.cli import run
+        from texp.cli.app import run
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_ as clip_grad_norm_of_params_
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from texp import folding
 from texp.integrations.wrapped import texp_sgd
+from texp.step import folding
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 """texp.SGD: groups, state, checkpoints. The arithmetic of a step is in `texp.theory` (scalars) and in the
-backends (tensors); which row applies to which tensor is in `texp.plan` and csrc/walk.h.
+backends (tensors); which row applies to which tensor is in `texp.step.gather` and csrc/host.
 """
 
 import contextlib
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
-from texp import backends, folding, groups, norm_stats, plan, theory
-from texp.folding import Folded
-from texp.norm_stats import NormStat, NormStats
-from texp.on_device import OnDevice
+from texp import backends, theory
+from texp.step import buffers, folding, gather, groups, norm_stats
+from texp.step.device_state import DeviceScaleState
+from texp.step.fallback import Fallback
+from texp.step.folding import Folded
+from texp.step.norm_stats import NormStat, NormStats
 from texp.torch_internals import disable_dynamo, has_global_step_hooks
 
 # What belongs to the whole optimizer, beside its groups; pickled with it.
@@ -169,7 +171,7 @@ class SGD(torch.optim.Optimizer):
         self._folded: Folded | None = None  # what the exponential form was, while θ is held
         self._contexts = 0  # `with optimizer.folded()` that have not ended
         self._evaluating = False  # between eval() and train()
-        self._rest: plan.Rest | None = None  # of the step that is under way
+        self._fallback: Fallback | None = None  # of the step that is under way
         self._given: list[tuple[dict[str, Any], folding.Given]] = []  # the parameters that each group was given
         self._norm_stats = NormStats()
         this = weakref.ref(self)
@@ -180,7 +182,7 @@ class SGD(torch.optim.Optimizer):
         params = [p for group in self.__dict__.get("param_groups", ()) for p in group["params"]]
         self._gpus = _gpus((*params, *more_params))
         self._kernels = backends.kernels(self._backend, self._gpus)
-        self._device: OnDevice | None = None  # P and κ, while they are there
+        self._device: DeviceScaleState | None = None  # P and κ, while they are there
         # What graphs know by address; kept when a state dict is loaded.
         self._captured: list[tuple] = self.__dict__.get("_captured", [])
         self._skipped: bool | Tensor = False
@@ -246,7 +248,7 @@ class SGD(torch.optim.Optimizer):
             # model: it is left out where nobody looks.
             return (self._observed_step if self._is_observed() else self._step)(*args, **kwargs)
         except BaseException:
-            self._rest = None
+            self._fallback = None
             # A GradScaler would take them away after the step; left here they would go into the next one.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
@@ -290,22 +292,22 @@ class SGD(torch.optim.Optimizer):
         elif core is None or (cuda and torch.cuda.is_current_stream_capturing()):
             # What the host computes is in a graph for ever: for ordinary groups that is torch's own step.
             stats = self._norm_stats.found(self.param_groups)
-            plan.step(self.param_groups, stats, self.state, grad_scale, self.momentum_dtype)
+            gather.step(self.param_groups, stats, self.state, grad_scale, self.momentum_dtype)
             self._find_kernels_if_moved(p for group in self.param_groups for p in group["params"])
         else:
             given = self.param_groups, self._norm_stats, self.state, grad_scale, self.momentum_dtype
-            if core.step(*given, self._check_rest, cpu, cuda):
-                rest, self._rest = self._rest, None
-                rest.do()
-                self._find_kernels_if_moved(entry.param for _, entry in rest.work)
+            if core.step(*given, self._check_fallback, cpu, cuda):
+                fallback, self._fallback = self._fallback, None
+                fallback.do()
+                self._find_kernels_if_moved(entry.param for _, entry in fallback.work)
         if self._folded is not None:
             self._forget_folded()
         return loss
 
-    def _check_rest(self, left: list[tuple]) -> None:
-        """What the core cannot take is left to plain torch: the step of that is planned, and refused if need be."""
-        self._rest = plan.Rest(self._backend, self.param_groups, self.state, self.momentum_dtype)
-        self._rest.check(left)
+    def _check_fallback(self, left: list[tuple]) -> None:
+        """What the core cannot take is left to plain torch: which refuses it if need be."""
+        self._fallback = Fallback(self._backend, self.param_groups, self.state, self.momentum_dtype)
+        self._fallback.check(left)
 
     def _find_kernels_if_moved(self, params: Iterable[Tensor]) -> None:
         """For the next step, where parameters have come to a GPU since the last look."""
@@ -333,7 +335,7 @@ class SGD(torch.optim.Optimizer):
                 self._leave_device()
                 if launcher is None:
                     self._kernels.core.load_cuda_kernels(device.index)
-                self._device = OnDevice(self.param_groups, self.state, device)
+                self._device = DeviceScaleState(self.param_groups, self.state, device)
             of = self._device
             of.restore(self.state)
             if capturing:
@@ -344,7 +346,7 @@ class SGD(torch.optim.Optimizer):
             )
             kernel = launcher and functools.partial(
                 launcher.step_on_device,
-                started=of.started,
+                started=of.momentum_initialized,
                 grad_scale=scale,
                 found_inf=found_inf,
                 capturing=capturing,
@@ -355,8 +357,8 @@ class SGD(torch.optim.Optimizer):
                 self._norm_stats,
                 self.state,
                 self.momentum_dtype,
-                of.states,
-                of.started,
+                of.scales,
+                of.momentum_initialized,
                 of.ticket,
                 scale,
                 found_inf,
@@ -388,7 +390,7 @@ class SGD(torch.optim.Optimizer):
                 raise RuntimeError(f"parameter group {index} is scale_invariant: its step cannot be differentiable")
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            bufs = [plan.buf_of(self.state, p) for p in params]
+            bufs = [buffers.buf_of(self.state, p) for p in params]
             torch_sgd(
                 params,
                 [p.grad for p in params],
@@ -485,7 +487,7 @@ class SGD(torch.optim.Optimizer):
             theory.log10_lr(
                 groups.scale_of(group),
                 groups.hyperparameters(group),
-                first=groups.is_first(group, [plan.buf_of(self.state, p) for p in group["params"]]),
+                first=groups.is_first(group, [buffers.buf_of(self.state, p) for p in group["params"]]),
             )
             for group in self.param_groups
         ]
@@ -505,8 +507,8 @@ class SGD(torch.optim.Optimizer):
         """P of each group, by which a gradient is to be multiplied to be that at θ; 1.0 for an ordinary group. Where
         P is on a device it is a float64 tensor there, and nothing waits.
         """
-        if self._device is not None and self._device.is_of(self.param_groups, self._device.states.device):
-            return list(self._device.states[:, 0].clone())
+        if self._device is not None and self._device.is_of(self.param_groups, self._device.scales.device):
+            return list(self._device.scales[:, 0].clone())
         return [groups.scale_of(group).P for group in self.param_groups]
 
     @_of_the_optimizer
@@ -568,7 +570,7 @@ class SGD(torch.optim.Optimizer):
                 group.setdefault(key, value)
         for param, values in self.state.items():
             if isinstance(buf := values.get("momentum_buffer"), groups.AsIs):
-                dtype = plan.buffer_dtype(param, buf.value, self.momentum_dtype)
+                dtype = buffers.buffer_dtype(param, buf.value, self.momentum_dtype)
                 values["momentum_buffer"] = buf.value.to(param.device, dtype, copy=True)
 
 

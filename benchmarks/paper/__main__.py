@@ -18,7 +18,7 @@ from benchmarks.paper import cosine, data, fixed, instant_decay, no_instant_deca
 from benchmarks.paper.pool import train_all
 from benchmarks.paper.setup import SETUPS
 from benchmarks.paper.training import CheckpointError, path_of
-from texp.command import EXTRA, UsageError, make_console
+from texp.cli.common import EXTRA, UsageError, make_console
 
 EXPERIMENTS: dict[str, ModuleType] = {
     "fixed": fixed,
@@ -100,21 +100,23 @@ def main(
     data.load(setup)  # what is wrong with it is said before anything else
 
     chosen = EXPERIMENTS if name == "all" else {name: EXPERIMENTS[name]}
-    ways = {key: way for module in chosen.values() for key, way in module.runs(setup).items()}
+    methods = {key: method for module in chosen.values() for key, method in module.runs(setup).items()}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = jobs or (1 if device == "cuda" else min(2, cores))
     # Tensors of digits are too small to share between threads.
     threads = 1 if data_name == "digits" else max(1, cores // jobs)
     train_all(
-        [(key, way, setup, seed, threads) for seed in range(seeds) for key, way in ways.items()], jobs, make_console()
+        [(key, method, setup, seed, threads) for seed in range(seeds) for key, method in methods.items()],
+        jobs,
+        make_console(),
     )
 
-    curves = {key: [results.read(path_of(key, setup, seed)) for seed in range(seeds)] for key in ways}
+    curves = {key: [results.read(path_of(key, setup, seed)) for seed in range(seeds)] for key in methods}
     checks = []
     for experiment, module in chosen.items():
         mine = {key: curves[key] for key in module.runs(setup)}
         checks += [(experiment, check) for check in module.checks(mine, setup)]
-        labels = {key: ways[key].label for key in mine}
+        labels = {key: methods[key].label for key in mine}
         module.draw(module.TITLE, labels, mine, out / f"{experiment}.png")
     results.write_checks(checks, out / "checks.csv")
     results.write_summary(curves, out / "summary.csv")

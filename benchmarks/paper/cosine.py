@@ -3,20 +3,20 @@ paper's recursion for general schedules will do."""
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.paper import results, ways
+from benchmarks.paper import methods, results
 from benchmarks.paper.results import Check, Curve, at_most
 from benchmarks.paper.setup import Setup
 
 TITLE = "cosine schedule with weight decay = its exponential form without"
 
 
-def runs(setup: Setup) -> dict[str, ways.Way]:
-    lrs = ways.cosine(setup)
-    sgd = ways.sgd(setup, lrs, "SGD, cosine, weight decay")
+def runs(setup: Setup) -> dict[str, methods.Method]:
+    lrs = methods.cosine(setup)
+    sgd = methods.sgd(setup, lrs, "SGD, cosine, weight decay")
     return {
         "cosine-sgd": sgd,
-        "cosine-translated": ways.translated(setup, lrs, "SGD, translated schedule, no decay"),
-        "cosine-texp-sgd": ways.texp_sgd(sgd),
+        "cosine-translated": methods.translated(setup, lrs, "SGD, translated schedule, no decay"),
+        "cosine-texp-sgd": methods.texp_sgd(sgd),
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from benchmarks.paper.setup import Setup
-from texp.demo import load_digits
+from texp.cli.digits import load_digits
 
 RECORDS = 10_000  # images in each file of CIFAR-10
 PIXELS = 3 * 32 * 32

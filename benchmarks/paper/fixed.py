@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.paper import results, ways
+from benchmarks.paper import methods, results
 from benchmarks.paper.results import Check, Curve
 from benchmarks.paper.setup import CIFAR10, EPOCH, Setup
 from texp import theory
@@ -10,13 +10,13 @@ from texp import theory
 TITLE = "fixed LR with weight decay = exponential LR without"
 
 
-def runs(setup: Setup) -> dict[str, ways.Way]:
-    sgd = ways.sgd(setup, ways.fixed(setup), "SGD, fixed LR, weight decay")
+def runs(setup: Setup) -> dict[str, methods.Method]:
+    sgd = methods.sgd(setup, methods.fixed(setup), "SGD, fixed LR, weight decay")
     return {
         "fixed-sgd": sgd,
-        "fixed-exp": ways.texp(setup, "SGD, EXP, no decay", ()),
-        "fixed-exp-corrected": ways.texp(setup, "EXP from the matching momentum buffer", (), corrected=True),
-        "fixed-texp-sgd": ways.texp_sgd(sgd),
+        "fixed-exp": methods.texp(setup, "SGD, EXP, no decay", ()),
+        "fixed-exp-corrected": methods.texp(setup, "EXP from the matching momentum buffer", (), corrected=True),
+        "fixed-texp-sgd": methods.texp_sgd(sgd),
     }
 
 

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.paper import results, step_decay, ways
+from benchmarks.paper import methods, results, step_decay
 from benchmarks.paper.results import WINDOW, Check, Curve, at_least
 from benchmarks.paper.setup import Setup
 
 TITLE = "instant decay only: the growth of the first phase throughout"
 
 
-def runs(setup: Setup) -> dict[str, ways.Way]:
+def runs(setup: Setup) -> dict[str, methods.Method]:
     return {
         "step-sgd": step_decay.sgd(setup),
-        "instant-only": ways.texp(setup, "SGD, instant decay only, no decay", taper=False),
+        "instant-only": methods.texp(setup, "SGD, instant decay only, no decay", taper=False),
     }
 
 

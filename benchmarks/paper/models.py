@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
 from benchmarks.paper.setup import Setup
-from texp.demo import PreActResNet
+from texp.cli.digits import PreActResNet
 
 
 class VGG(nn.Module):
@@ -45,7 +45,7 @@ class VGG(nn.Module):
 
 
 def narrow_resnet() -> PreActResNet:
-    """For digits: half as wide as that of texp.demo, with a last layer that lets it tell the classes apart as well.
+    """For digits: half as wide as that of texp.cli.digits; its last layer lets it tell the classes apart as well.
 
     As in the paper's training, the noise of the gradient must not die out: a wider one fits every digit, and then
     behaves as the toy example does; a smaller last layer keeps the loss where it is, whatever the LR.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.paper import results, step_decay, ways
+from benchmarks.paper import methods, results, step_decay
 from benchmarks.paper.results import Check, Curve, at_least
 from benchmarks.paper.setup import Setup
 
@@ -11,10 +11,10 @@ TITLE = "TEXP without instant decay: only the growth changes"
 SETTLING = 100  # steps after a milestone
 
 
-def runs(setup: Setup) -> dict[str, ways.Way]:
+def runs(setup: Setup) -> dict[str, methods.Method]:
     return {
         "step-sgd": step_decay.sgd(setup),
-        "no-instant": ways.texp(setup, "SGD, TEXP without instant decay, no decay", instant_decay=False),
+        "no-instant": methods.texp(setup, "SGD, TEXP without instant decay, no decay", instant_decay=False),
     }
 
 

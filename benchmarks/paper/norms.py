@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from benchmarks.paper import results, step_decay, ways
+from benchmarks.paper import methods, results, step_decay
 from benchmarks.paper.results import Check, Curve, at_most
 from benchmarks.paper.setup import Setup
 
@@ -13,12 +13,12 @@ TITLE = "the same with GroupNorm, LayerNorm and InstanceNorm"
 NORMS = ("gn", "ln", "in")
 
 
-def runs(setup: Setup) -> dict[str, ways.Way]:
+def runs(setup: Setup) -> dict[str, methods.Method]:
     made, setup = {}, setup.shortened(setup.steps * 2 // 5)
     for norm in NORMS:
         sgd = replace(step_decay.sgd(setup), model=f"vgg-{norm}", label=f"{norm.upper()}: SGD, step decay")
         made[f"{norm}-sgd"] = sgd
-        made[f"{norm}-texp-sgd"] = replace(ways.texp_sgd(sgd), label=f"{norm.upper()}: texp.SGD, exponential form")
+        made[f"{norm}-texp-sgd"] = replace(methods.texp_sgd(sgd), label=f"{norm.upper()}: texp.SGD, exponential form")
     return made
 
 

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.paper import data
+from benchmarks.paper.methods import Method
 from benchmarks.paper.setup import Setup
 from benchmarks.paper.training import train
-from benchmarks.paper.ways import Way
 
 
-def train_all(tasks: list[tuple[str, Way, Setup, int, int]], jobs: int, console: Console) -> None:
-    """Trains `jobs` runs at a time; each is its name, way, setup and seed, and the threads that it may use."""
+def train_all(tasks: list[tuple[str, Method, Setup, int, int]], jobs: int, console: Console) -> None:
+    """Trains `jobs` runs at a time; each is its name, method, setup and seed, and the threads that it may use."""
     if not tasks:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -24,8 +24,8 @@ def train_all(tasks: list[tuple[str, Way, Setup, int, int]], jobs: int, console:
         bar = progress.add_task("runs", total=len(tasks))
         if jobs == 1:
             for task in tasks:
-                name, way, _, seed, _ = task
-                steps = progress.add_task(f"{name}, seed {seed}", total=len(way.lrs))
+                name, method, _, seed, _ = task
+                steps = progress.add_task(f"{name}, seed {seed}", total=len(method.lrs))
                 _train(*task, lambda t, steps=steps: progress.update(steps, completed=t + 1))
                 progress.remove_task(steps)
                 progress.advance(bar)
@@ -47,7 +47,7 @@ def train_all(tasks: list[tuple[str, Way, Setup, int, int]], jobs: int, console:
 
 
 def _train(
-    name: str, way: Way, setup: Setup, seed: int, threads: int, tell: Callable[[int], object] = lambda t: None
+    name: str, method: Method, setup: Setup, seed: int, threads: int, tell: Callable[[int], object] = lambda t: None
 ) -> None:
     """What it has to say is in its CSV; `tell` gets the number of each step taken."""
     before = torch.get_num_threads()
@@ -55,7 +55,7 @@ def _train(
     try:
         # On a GPU too, a run that is taken up again has the same curve, and float32 is not TF32.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            for t in train(name, way, setup, seed, data.load(setup)):
+            for t in train(name, method, setup, seed, data.load(setup)):
                 tell(t)
     finally:
         torch.set_num_threads(before)

@@ -105,7 +105,7 @@ def _epoch(curve: Curve, start: int, end: int) -> tuple[float, float, float, flo
 
 
 def write_summary(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """One line an epoch and way of training, to six digits; curves: for each way, one a seed."""
+    """One line an epoch and method, to six digits; curves: for each method, one a seed."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "step", "loss", "test_error", "log10_lr", "norm2_over_lr"])
@@ -135,7 +135,7 @@ STYLES = (
 def draw(
     title: str, labels: Mapping[str, str], curves: Mapping[str, Sequence[Curve]], path: Path, styles=STYLES
 ) -> None:
-    """Loss and test error, the LR and ‖w‖²/η̃ of every way of training against the epoch, the mean over the seeds. Of
+    """Loss and test error, the LR and ‖w‖²/η̃ of every method against the epoch, the mean over the seeds. Of
     the first two the scale is that of all but the first tenth of the run, where they fall from what chance gives."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")

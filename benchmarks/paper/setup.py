@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from texp import demo
+from texp.cli import digits
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Setup:
 
 DIGITS = Setup(
     data="digits",
-    lr=demo.LR,
-    momentum=demo.MOMENTUM,
-    weight_decay=demo.WEIGHT_DECAY,
-    gamma=demo.GAMMA,
+    lr=digits.LR,
+    momentum=digits.MOMENTUM,
+    weight_decay=digits.WEIGHT_DECAY,
+    gamma=digits.GAMMA,
     milestones=(500, 1000),
     steps=1500,
-    batch_size=demo.BATCH_SIZE,
+    batch_size=digits.BATCH_SIZE,
     dtype=torch.float64,
     seeds=3,
 )

@@ -3,23 +3,23 @@ and as texp.SGD does it."""
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.paper import results, ways
+from benchmarks.paper import methods, results
 from benchmarks.paper.results import Check, Curve
 from benchmarks.paper.setup import Setup
 
 TITLE = "step decay with weight decay = TEXP without"
 
 
-def sgd(setup: Setup) -> ways.Way:
-    return ways.sgd(setup, ways.step_decay(setup), "SGD, step decay, weight decay")
+def sgd(setup: Setup) -> methods.Method:
+    return methods.sgd(setup, methods.step_decay(setup), "SGD, step decay, weight decay")
 
 
-def runs(setup: Setup) -> dict[str, ways.Way]:
+def runs(setup: Setup) -> dict[str, methods.Method]:
     return {
         "step-sgd": sgd(setup),
-        "step-texp": ways.texp(setup, "SGD, TEXP, no decay"),
-        "step-texp-corrected": ways.texp(setup, "TEXP with the momentum correction", corrected=True),
-        "step-texp-sgd": ways.texp_sgd(sgd(setup)),
+        "step-texp": methods.texp(setup, "SGD, TEXP, no decay"),
+        "step-texp-corrected": methods.texp(setup, "TEXP with the momentum correction", corrected=True),
+        "step-texp-sgd": methods.texp_sgd(sgd(setup)),
     }
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.paper import results
+from benchmarks.paper.methods import Method
 from benchmarks.paper.results import Check, Curve, at_least, at_most
 from benchmarks.paper.setup import Setup
-from benchmarks.paper.ways import Way
 
 TITLE = "toy example: BatchNorm and weight decay together never settle"
 LR, WEIGHT_DECAY, STEPS = 0.1, 0.1, 20_000
@@ -36,7 +36,7 @@ def descend(norm: bool, weight_decay: float) -> Toy:
     return toy
 
 
-def runs(setup: Setup) -> dict[str, Way]:
+def runs(setup: Setup) -> dict[str, Method]:
     """None on data."""
     return {}
 

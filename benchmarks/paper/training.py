@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy
 import texp
 from benchmarks.paper import models
 from benchmarks.paper.data import Data
+from benchmarks.paper.methods import NONE, Method
 from benchmarks.paper.setup import Setup
-from benchmarks.paper.ways import NONE, Way
-from texp import groups, theory
+from texp import theory
+from texp.step import groups
 
 # One line a step; then ‖w‖ of every layer. All are of the weights that the step begins with.
 COLUMNS = (
@@ -46,14 +47,14 @@ def steps_per_epoch(data: Data, setup: Setup) -> int:
     return max(1, round(len(data.train_x) / setup.batch_size))
 
 
-def train(name: str, way: Way, setup: Setup, seed: int, data: Data) -> Iterator[int]:
+def train(name: str, method: Method, setup: Setup, seed: int, data: Data) -> Iterator[int]:
     """Trains from the initialisation and the batches of `seed`, or goes on from the checkpoint if there is one.
 
     Yields the number of each step taken. There is a checkpoint at the end of every epoch.
 
     Raises CheckpointError where the checkpoint is damaged, without its CSV, or of a run with other settings.
     """
-    run = _Run(way, setup, seed, data)
+    run = _Run(method, setup, seed, data)
     path = path_of(name, setup, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = path.with_suffix(".pt")
@@ -70,7 +71,7 @@ def train(name: str, way: Way, setup: Setup, seed: int, data: Data) -> Iterator[
         if not size:
             writer.writerow([*COLUMNS, *(f"norm {name}" for name in run.weights)])
         per_epoch = steps_per_epoch(data, setup)
-        steps = len(way.lrs)
+        steps = len(method.lrs)
         while epoch * per_epoch < steps:
             first = epoch * per_epoch
             for t, x, y in zip(range(first, min(first + per_epoch, steps)), *run.batches(epoch), strict=False):
@@ -86,18 +87,18 @@ def train(name: str, way: Way, setup: Setup, seed: int, data: Data) -> Iterator[
 class _Run:
     """Model and optimizer, and what can be said of them at a step."""
 
-    def __init__(self, way: Way, setup: Setup, seed: int, data: Data) -> None:
-        self.way, self.setup, self.seed, self.data = way, setup, seed, data
+    def __init__(self, method: Method, setup: Setup, seed: int, data: Data) -> None:
+        self.method, self.setup, self.seed, self.data = method, setup, seed, data
         # What it is called, where it is kept, and on which device it goes on, do not make it another run.
-        what = replace(way, label=""), replace(setup, out=None, root=None, device=""), seed
+        what = replace(method, label=""), replace(setup, out=None, root=None, device=""), seed
         self.settings = hashlib.sha256(repr(what).encode())
-        self.model = models.make(way.model, setup, seed)
+        self.model = models.make(method.model, setup, seed)
         self.weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        params, arguments = self.weights.values(), {"momentum": setup.momentum, "weight_decay": way.weight_decay}
-        if way.scale_invariant:
-            self.optimizer = texp.SGD(params, way.lrs[0], scale_invariant=True, **arguments)
+        params, arguments = self.weights.values(), {"momentum": setup.momentum, "weight_decay": method.weight_decay}
+        if method.scale_invariant:
+            self.optimizer = texp.SGD(params, method.lrs[0], scale_invariant=True, **arguments)
         else:
-            self.optimizer = torch.optim.SGD(params, way.lrs[0], **arguments)
+            self.optimizer = torch.optim.SGD(params, method.lrs[0], **arguments)
 
     def batches(self, epoch: int) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
         """Images and labels; the same for every run of this seed, whichever epoch it begins with."""
@@ -110,24 +111,24 @@ class _Run:
 
     def step(self, t: int, x: Tensor, y: Tensor, test_error: float | str) -> list:
         """Takes a step; returns its line."""
-        self.optimizer.param_groups[0]["lr"] = self.way.lrs[t]
+        self.optimizer.param_groups[0]["lr"] = self.method.lrs[t]
         self.optimizer.zero_grad()
         loss = cross_entropy(self.model(x), y)
         loss.backward()
         line = [t, loss.item(), test_error, *self._scales(t)]
-        if t in self.way.corrections:
-            self._correct(self.way.corrections[t])
+        if t in self.method.corrections:
+            self._correct(self.method.corrections[t])
         self.optimizer.step()
         return line
 
     def _scales(self, t: int) -> list[float]:
         group = self.optimizer.param_groups[0]
-        if self.way.scale_invariant:
+        if self.method.scale_invariant:
             scale, halvings = groups.scale_of(group), group["scale_exponent"]
             growth = (scale.log10(), theory.advance(scale, groups.hyperparameters(group), first=t == 0).alpha)
             log10_lr = self.optimizer.log10_lr()[0]
         else:
-            growth, halvings = (self.way.growth[t] if self.way.growth else NONE), 0
+            growth, halvings = (self.method.growth[t] if self.method.growth else NONE), 0
             log10_lr = math.log10(group["lr"])
         norms = torch.stack([w.detach().double().norm() for w in self.weights.values()]).tolist()
         norm2 = sum(norm * norm for norm in norms)

@@ -1,7 +1,7 @@
 """The texp.SGD inside of what frameworks wrap around an optimizer."""
 
-from texp import groups
 from texp.optimizer import SGD
+from texp.step import groups
 
 # Where a wrapper keeps what it wraps: Lightning, accelerate and DeepSpeed, ZeroRedundancyOptimizer, opacus, SAM of
 # pytorch-optimizer, fastai.

@@ -1,0 +1,194 @@
+"""A row applied in plain torch: any device, any dtype. This is the definition that the other backends are
+tested against, so it is written to read like the four equations of `texp.theory.Row`.
+"""
+
+import functools
+from collections.abc import Hashable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from texp.backends.memory import PLAIN, that_share_memory
+from texp.theory import Row
+from texp.torch_internals import foreach_add, foreach_add_, foreach_copy_, foreach_mul
+
+# Elements that are worked on at a time: a share of all, so that temporaries are one too, but never fewer than it
+# takes for the arithmetic to cost more than starting it does.
+SHARE, AT_LEAST = 1 / 32, 2**16
+
+
+class Entry(NamedTuple):
+    """One tensor in a step. `param` and `buf` are modified in place, `grad` is read only."""
+
+    param: Tensor
+    grad: Tensor | None = None  # None: taken as 0
+    buf: Tensor | None = None  # None: taken as 0 and not written
+
+
+def written(entries: Iterable[Entry]) -> list[Tensor]:
+    """What a step of the entries modifies."""
+    return [x for entry in entries for x in (entry.param, entry.buf) if x is not None]
+
+
+@torch.no_grad()
+def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None, shared: set[int] | None = None) -> None:
+    """Applies `row` to each entry; params and bufs are modified in place.
+
+    Arithmetic is in float32, or where one of param, grad and buf is wider, in the dtype that holds all of them, and
+    is rounded once to the dtypes of param and buf. Sparse grads and bufs are allowed where a_p = c_p = 0; then rows
+    of a param that have no gradient are not touched, unless s_p ≠ 1. Sparse bufs are coalesced.
+
+    Args:
+        foreach: batch the tensors of each device and dtype, which saves kernel launches. None: where all are plain
+            tensors on an accelerator, as in torch.optim. Those that share memory are stepped one after the other
+            all the same.
+        shared: ids of the tensors that do, where the caller knows.
+    """
+    entries = list(entries)
+    most = max(AT_LEAST, int(SHARE * sum(entry.param.numel() for entry in entries)))
+    if foreach is None:
+        foreach = all(type(e.param) in PLAIN and e.param.device.type != "cpu" for e in entries)
+    if not foreach:
+        batches = [[entry] for entry in entries]
+    else:
+        shared = that_share_memory(written(entries)) if shared is None else shared
+        batches = [batch for _, batch in in_batches([(_kind(entry), entry) for entry in entries], shared)]
+    for batch in batches:
+        for part in _parts(batch, most):
+            _apply(row, part)
+
+
+def _is_lazy(x: Tensor) -> bool:
+    """Whether it is a view that is conjugated or negated when read, which foreach operations cannot write to."""
+    return x.is_conj() or x.is_neg()
+
+
+def _kind(entry: Entry) -> tuple:
+    """What a batch has in common: device, dtypes, dense or sparse, which of grad and buf are there."""
+    return tuple([None if x is None else (type(x), x.device, x.dtype, x.layout, _is_lazy(x)) for x in entry])
+
+
+def in_batches(work: Iterable[tuple[Hashable, Entry]], shared: set[int]) -> list[tuple[Hashable, list[Entry]]]:
+    """Entries with the same key together, but those that share memory each by itself, and in the order in which they
+    are given: all of a batch is read before any of it is written.
+    """
+    batches: dict[tuple, list[Entry]] = {}
+    for key, entry in work:
+        alone = id(entry.param) in shared or id(entry.buf) in shared
+        batches.setdefault((key, len(batches) if alone else None), []).append(entry)
+    return [(key, batch) for (key, _), batch in batches.items()]
+
+
+def _parts(batch: list[Entry], most: int) -> Iterator[list[Entry]]:
+    """The batch in smaller ones of at most so many elements, large tensors in pieces."""
+    part, size = [], 0
+    for entry in batch:
+        for piece in _pieces(entry, most):
+            numel = piece.param.numel()
+            if part and size + numel > most:
+                yield part
+                part, size = [], 0
+            part.append(piece)
+            size += numel
+    yield part
+
+
+def _pieces(entry: Entry, most: int) -> Iterable[Entry]:
+    """Views of it of at most so many elements. Only plain tensors are taken apart, and none where what is read of one
+    piece may be written with another.
+    """
+    if entry.param.numel() <= most:
+        return [entry]
+    tensors = [x for x in entry if x is not None]
+    plain = all(type(x) in PLAIN and x.layout == torch.strided for x in tensors)
+    return [entry] if not plain or that_share_memory(tensors) else _split(entry, most)
+
+
+def _split(entry: Entry, most: int) -> Iterator[Entry]:
+    p = entry.param
+    if p.numel() <= most:
+        yield entry
+        return
+    # Between the slices that lie furthest apart: pieces of what has no gaps have none.
+    dim = max((dim for dim, size in enumerate(p.shape) if size > 1), key=p.stride)
+    slices = max(1, most * p.shape[dim] // p.numel())
+    for begin in range(0, p.shape[dim], slices):
+        until = min(slices, p.shape[dim] - begin)
+        yield from _split(Entry(*(None if x is None else x.narrow(dim, begin, until) for x in entry)), most)
+
+
+def arithmetic(entry: Entry) -> torch.dtype:
+    """The dtype in which a row is applied: float32, or a wider one that holds all three."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in entry if x is not None), torch.float32)
+
+
+def _apply(row: Row, batch: list[Entry]) -> None:
+    params, grads, bufs = (None if xs[0] is None else list(xs) for xs in zip(*batch, strict=True))
+    dtype = arithmetic(batch[0])
+    p, g, b = (_term(xs, dtype) for xs in (params, grads, bufs))
+
+    # The innermost sums come first, as in torch.optim.SGD: grad + λp, and only then the buffer.
+    u = _sum(row.a_b, b, 1.0, _sum(row.a_g, g, row.a_p, p))
+    d = _sum(1.0, _sum(row.c_g, g, row.c_p, p), row.c_u, u)
+    b_next = _sum(row.r_u, u, row.r_d, d)
+    if b_next is not None and b_next.tensors is p.tensors:
+        # p changes before b is written.
+        b_next = _Term(1.0, foreach_mul(b_next.tensors, b_next.scalar))
+    if row.s_p == 1:
+        # In place, so that a sparse d costs no more than its own rows.
+        if d is not None:
+            foreach_add_(p.tensors, d.tensors, alpha=-row.e * d.scalar)
+        p_next = p
+    else:
+        p_next = _sum(row.s_p, p, -row.e, d)
+    _write(params, p_next)
+    if bufs is not None:
+        _write(bufs, b_next)
+
+
+class _Term(NamedTuple):
+    """A scalar times each of some tensors, not multiplied yet. In its place, None is 0."""
+
+    scalar: float
+    tensors: list[Tensor]
+
+
+def _term(tensors: list[Tensor] | None, dtype: torch.dtype) -> _Term | None:
+    if tensors is None:
+        return None
+    values = [x.to(dtype) for x in tensors]
+    return _Term(1.0, [x.resolve_conj().resolve_neg() for x in values] if _is_lazy(tensors[0]) else values)
+
+
+def _sum(x: float, a: _Term | None, y: float, b: _Term | None) -> _Term | None:
+    """x·a + y·b"""
+    a, b = (None if term is None or s == 0 else term._replace(scalar=s * term.scalar) for s, term in ((x, a), (y, b)))
+    if a is None or b is None:
+        return a or b
+    if a.scalar == 1 or type(a.tensors[0]) not in PLAIN:  # a sum of DTensors need not be laid out as the first is
+        return _Term(1.0, foreach_add(_product(a), b.tensors, alpha=b.scalar))
+    total = foreach_mul(a.tensors, a.scalar)
+    foreach_add_(total, b.tensors, alpha=b.scalar)
+    return _Term(1.0, total)
+
+
+def _product(term: _Term) -> list[Tensor]:
+    return term.tensors if term.scalar == 1 else foreach_mul(term.tensors, term.scalar)
+
+
+def _write(destination: list[Tensor], term: _Term | None) -> None:
+    if term is None:
+        for x in destination:
+            x.zero_()
+        return
+    values = _product(term)
+    if values[0] is destination[0]:
+        return
+    if destination[0].layout == torch.sparse_coo:
+        values = [x.coalesce() for x in values]  # else each step would add the rows of its gradient
+    if type(destination[0]) in PLAIN and not _is_lazy(destination[0]):
+        foreach_copy_(destination, values)
+    else:
+        for x, value in zip(destination, values, strict=True):  # a DTensor has no foreach copy
+            x.copy_(value)

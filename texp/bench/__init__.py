@@ -1,0 +1,1 @@
+"""texp bench: how long a step takes, and how that is measured and shown."""

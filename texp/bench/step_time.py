@@ -1,0 +1,133 @@
+"""Step time of texp.SGD against torch.optim.SGD, in one run: every candidate steps the same parameters in turn, with
+warm caches (texp.bench.timing)."""
+
+import math
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+import texp
+from texp import backends
+from texp.bench.report import FUSED, figures
+from texp.bench.shapes import MODELS
+from texp.bench.timing import Times, take_turns
+
+_BYTES = 20
+
+_TINY = 100  # elements: in a step of such tensors, arithmetic and memory take no time worth naming
+
+# Where each backend of texp takes steps.
+_DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+
+_MOST_FOR_REFERENCE = 20_000_000  # parameters
+
+# So small that a million steps move a parameter by no more than ten times its gradient.
+_ARGUMENTS = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
+
+
+def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """By name; of texp, each backend that is available, in ordinary and in exponential groups, and with its
+    scale on the device.
+
+    The reference backend is left out above 20 million parameters: it is there to be read, not to be fast, and would
+    take most of the time.
+    """
+    made: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "torch for-loop": lambda groups: _torch(groups, foreach=False),
+        "torch foreach": lambda groups: _torch(groups, foreach=True),
+        FUSED: lambda groups: _torch(groups, fused=True),
+    }
+    for name, reason in backends.available().items():
+        too_slow = name == "reference" and parameters > _MOST_FOR_REFERENCE
+        if reason != backends.OK or device not in _DEVICES[name] or too_slow:
+            continue
+        made[f"texp {name}"] = lambda groups, name=name: _texp(groups, backend=name)
+        made[f"texp {name} exponential"] = lambda groups, name=name: _texp(groups, backend=name, scale_invariant=True)
+        if name in backends.ON_DEVICE:
+            made[f"texp {name} capturable"] = lambda groups, name=name: _texp(groups, backend=name, capturable=True)
+    return made
+
+
+def _torch(groups, **arguments) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, **_ARGUMENTS, **arguments)
+
+
+def _texp(groups, **arguments) -> torch.optim.Optimizer:
+    return texp.SGD(groups, **_ARGUMENTS, **arguments)
+
+
+def run(
+    device: str, models: Iterable[str], seconds: float, report: Callable[[str], object] = lambda text: None
+) -> Iterator[dict]:
+    """Yields one record (texp.bench.report.FIELDS) for each model and candidate, those of a model when it is done.
+
+    Args:
+        device: "cpu" or "cuda".
+        models: names of texp.bench.shapes.MODELS.
+        seconds: how long each candidate steps each model, or longer, until texp.bench.timing has its least repeats.
+        report: told what is measured next, before each turn.
+    """
+    run_on = _machine(device)
+    copy_gb_per_s = copy_bandwidth(device, seconds, report)
+    for model in models:
+        sizes = [math.prod(shape) for shape in MODELS[model][0]]
+        size = {"model": model, "tensors": len(sizes), "parameters": sum(sizes)}
+        host = device == "cuda" or max(sizes) <= _TINY
+        times = _time_model(device, model, seconds, report)
+        for name, measured in figures(times, _BYTES * sum(sizes), copy_gb_per_s, host).items():
+            yield {**run_on, **size, "candidate": name, **measured}
+
+
+def _time_model(device: str, model: str, seconds: float, report: Callable[[str], object]) -> dict[str, Times]:
+    report(model)
+    shapes, own_groups = MODELS[model]
+    params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    steps = {
+        name: make([{"params": [p]} for p in params] if own_groups else params).step
+        for name, make in candidates(device, sum(p.numel() for p in params)).items()
+    }
+    return take_turns(steps, seconds, wait=_wait(device), on_turn=lambda name: report(f"{model}, {name}"))
+
+
+def copy_bandwidth(device: str, seconds: float, report: Callable[[str], object] = lambda text: None) -> float:
+    """GB/s, read and written, of a copy of 400 MB.
+
+    On a CPU a step may reach more, a share above 1: a copy also reads the cache lines that it overwrites, uncounted
+    (write-allocate), while a step in place reads them anyway; and small models fit the caches.
+    """
+    source = torch.randn(100_000_000, device=device)
+    target = torch.empty_like(source)
+    steps = {"copy of 400 MB": lambda: target.copy_(source)}
+    (times,) = take_turns(steps, seconds, wait=_wait(device), on_turn=report).values()
+    return 2 * source.nbytes / statistics.median(times.total) / 1e9
+
+
+def _wait(device: str) -> Callable[[], object]:
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def _machine(device: str) -> dict:
+    core = backends.core()
+    return {
+        "device": device,
+        "processor": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+        "instruction_set": core.cpu_variants()[0] if core is not None and device == "cpu" else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "texp": texp.__version__,
+    }
+
+
+def cpu_model() -> str:
+    """Empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

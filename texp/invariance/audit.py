@@ -1,0 +1,399 @@
+"""Which parameters of a model are scale-invariant together: found from gradients alone, for any nn.Module.
+
+A set S of parameters is invariant when f(cθ_S, θ_rest) = f(θ_S, θ_rest) for every c > 0. By Euler that is so
+exactly when Σ_{i∈S} ⟨p_i, ∂f/∂p_i⟩ = 0 everywhere, so a row M[i] = ⟨p_i, ∂(r·f(x))/∂p_i⟩ for random x and r, at a
+random point, is an equation Σ M[i]·d_i = 0 for its indicator d. A norm with running statistics adds equations with
+one unknown more, the power D of P with which its input grows: a statistic m (mean: k = 1, variance: k = 2) needs
+Σ ⟨p_i, ∂m/∂p_i⟩·d_i = k·D·m; otherwise evaluation would not be that of the SGD run. Rows are collected until
+their rank has settled; the largest S is then a small integer programme, and is confirmed by really scaling it.
+
+Rules that look at one layer at a time ("a convolution before a norm") are both too weak and wrong: in a
+pre-activation ResNet nothing that writes to the residual stream is invariant, but all of it together is.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from texp.invariance.equations import FREE, AuditError, Bounds, Equations, largest, parts, scipy_optimize
+from texp.invariance.probe import Probe, no_trace, untouched
+from texp.step.norm_stats import NormStat
+
+PATIENCE = 8  # the rank has settled when it did not grow for so many inputs
+FACTORS = (2.0, 0.5, 2.0**4, 2.0**10, 2.0**20)  # large ones, so that what clips far away clips
+LARGE_EPS = 0.01  # relative change of the output, when weights are doubled, that one is warned of
+TRIES = 4  # to solve the equations and confirm the set, with more rows each time
+
+PINNED = "moves the output, whatever is scaled with it"
+OPPOSED = "only while another shrinks"
+NEEDS_HELD = "only with some that no_decay holds out"
+SMALLER = "only at the cost of a larger set"
+HELD = "held out by no_decay"
+NO_EFFECT = "no effect on the output"
+UNREACHED = "reached by no input that was tried"
+FOLLOWS = "no effect, no decay: scaled like the running statistics"
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What `audit` found. Names are those of `model.named_parameters()` and `named_buffers()`."""
+
+    invariant: list[str]  # S, invariant as a whole
+    sets: list[list[str]]  # S taken apart: each is invariant by itself
+    rest: list[str]  # trainable, but not in S
+    frozen: list[str]  # requires_grad is False: never scaled
+    without_effect: list[str]  # trainable, in S or not: the output does not depend on them
+    unreached: list[str]  # of these, those without any gradient: no input that was tried gets there
+    reasons: dict[str, str]  # why not, for each of `rest`
+    sizes: dict[str, int]  # numbers in each parameter
+    modules: dict[str, str]  # the class of the module that holds it
+    norm_stats: list[tuple[str, float]]  # what must grow with S, and the power of P: buffers, parameters that FOLLOW
+    rows: int  # equations collected
+    rank: int  # of these rows
+    gap: float  # the smallest singular value that counted over the largest that did not
+    deviation: float  # largest relative change of the output when S is scaled by FACTORS; 0 in exact arithmetic
+    eps_deviation: float  # by 2, at the model's own weights, with its own eps: what eps spoils between P = 1 and 2
+
+    @property
+    def fraction(self) -> float:
+        """The share of the trainable numbers that is in S, from 0 to 1."""
+        return sum(self.sizes[n] for n in self.invariant) / sum(self.sizes[n] for n in self.invariant + self.rest)
+
+    def __str__(self) -> str:
+        trainable = self.invariant + self.rest
+        scaled, total = (sum(self.sizes[n] for n in names) for names in (self.invariant, trainable))
+        lines = [
+            f"scale-invariant together: {len(self.invariant)} of {len(trainable)} trainable parameters, {scaled:,} "
+            f"of {total:,} numbers ({self.fraction:.2%})",
+            f"parts that are so alone: {len(self.sets)}, the largest of {max(map(len, self.sets), default=0)} "
+            f"parameters; running statistics that grow with them: {len(self.norm_stats)}",
+        ]
+        if self.rest:
+            width = max(8, *map(len, self.rest))
+            kind = max(6, *(len(self.modules[n]) for n in self.rest))
+            lines += ["", f"{'left out':{width}}  {'module':{kind}}  {'numbers':>13}  {'share':>7}  why"]
+            for n in sorted(self.rest, key=lambda n: -self.sizes[n]):
+                size, share = self.sizes[n], self.sizes[n] / total
+                lines.append(f"{n:{width}}  {self.modules[n]:{kind}}  {size:>13,}  {share:>7.2%}  {self.reasons[n]}")
+            lines.append("")
+        if self.frozen:
+            lines.append(f"frozen, never scaled: {', '.join(self.frozen)}")
+        if unseen := [n for n in self.without_effect if n in self.invariant]:
+            lines.append(f"scaled, but seen by running statistics alone: {', '.join(unseen)}")
+        if self.unreached:
+            lines.append(
+                f"reached by no input that was tried (if others do, this may be wrong): {', '.join(self.unreached)}"
+            )
+        lines += [
+            f"rank {self.rank} of {self.rows} rows, singular gap {self.gap:.1e}",
+            f"scaled by up to {FACTORS[-1]:.0e}, the output moves by {self.deviation:.1e} (relative); by 2, with the "
+            f"model's own weights and eps, by {self.eps_deviation:.1e}",
+        ]
+        return "\n".join(lines)
+
+
+def audit(
+    model: nn.Module,
+    *example_inputs: Any,
+    forward: Callable[..., Any] | None = None,
+    hold: Callable[[str, nn.Parameter], bool] | None = None,
+    seed: int = 0,
+    max_rows: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float64,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Audit:
+    """Finds the largest set of parameters of `model` that is scale-invariant as a whole.
+
+    Args:
+        model: in any mode, on any device; a deep copy is audited, in train mode, at a random point, without dropout
+            or stochastic depth, with eps ≈ 0 in its norms.
+        example_inputs: arguments of its forward: tensors, or lists, tuples and dicts of them. Others like them are
+            drawn: floats with the same mean and deviation, integers in the same range. A batch of 4 is large
+            enough; a BatchNorm must see at least 3 values per channel.
+        forward: (model, *inputs) → all that the loss depends on, a tensor or a tuple, list, dict or dataclass of
+            tensors. Default: model(*inputs).
+        hold: (name, parameter) → whether it must not be scaled, as it has no weight decay. Default: none of the
+            trainable ones.
+        seed: of all that is drawn; the result is a function of it.
+        max_rows: how many rows may be collected. Default: as many as can be needed.
+        device, dtype: of the copy; defaults: the model's device, float64. float32 is faster, but deep models need
+            float64 to tell small effects from rounding; an AuditError says so.
+        progress: called with (rows, rank, max_rows) now and then.
+
+    Costs one forward and two backward passes for each pair of rows; there are about as many rows as parameters
+    and norms, at most. Needs scipy. The model, its buffers and grads, and the global random states are left as they
+    are; hooks of the model run on the copy too.
+
+    Raises AuditError, with the numbers, where no clear answer can be given: the rank has not settled, the singular
+    values leave no gap, or S fails when it is really scaled. Raises ValueError for a model without trainable
+    parameters, with complex or uninitialised ones or such as share memory; for outputs that are not finite, hold
+    something unknown or do not depend on parameters; for a forward that uses the model itself instead of the copy;
+    and for buffers that grow with the weights but are no running statistics known here.
+    """
+    scipy_optimize()  # an ImportError before the work rather than after it
+    if device is None:
+        device = next((p.device for p in model.parameters()), "cpu")
+    device = torch.device(device)
+    if dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}")
+    with no_trace(device, dtype), untouched(model):
+        probe = Probe(model, example_inputs, forward, seed, device, dtype)
+        return _audit(model, probe, hold or (lambda name, p: False), max_rows, progress)
+
+
+def param_groups(
+    model: nn.Module,
+    *example_inputs: Any,
+    forward: Callable[..., Any] | None = None,
+    no_decay: str | Callable[[str, nn.Parameter], bool] | None = None,
+    seed: int = 0,
+    max_rows: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float64,
+    progress: Callable[[int, int, int], None] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Groups of `model`'s parameters for texp.SGD: the scale-invariant set with its `norm_stats`, the rest, and
+    those without decay; the functions visited are those of torch.optim.SGD with the same weight decays.
+
+    Args:
+        no_decay: which parameters have weight_decay 0: "bias_and_norm" (those with one dimension, and biases, as
+            in timm), or (name, parameter) → bool. They are not scaled, and the set is the largest one without
+            them. Default: none.
+        options: lr, momentum, weight_decay, … of all groups.
+        Others as for `audit`, which also says what is raised.
+
+    The model may be moved and converted afterwards, since `norm_stats` (texp.NormStat) name its modules; make the
+    groups again where modules have been replaced, or when a run is resumed: they are not in state dicts.
+
+    A bias without decay that nothing but a BatchNorm sees (as that of a convolution before it) gets no gradient and
+    no group; its value stays what it is, in units of P, by standing among the `norm_stats`. Where nothing is
+    scale-invariant, there is no such group, and a warning says why; others tell where eps is so large that it spoils
+    the equality, and where no input that was tried reaches some parameters.
+    """
+    if isinstance(no_decay, str):
+        if no_decay != "bias_and_norm":
+            raise ValueError(f'no_decay must be "bias_and_norm" or (name, parameter) -> bool, got {no_decay!r}')
+        no_decay = bias_or_norm
+    found = audit(
+        model, *example_inputs, forward=forward, hold=no_decay, seed=seed, max_rows=max_rows, device=device,
+        dtype=dtype, progress=progress,
+    )  # fmt: skip
+    tensors = dict(model.named_parameters())
+    stats = [_norm_stat(model, name, power) for name, power in found.norm_stats]
+    placed = {name for name, _ in found.norm_stats}.union(found.invariant)
+    rest = {name: p for name, p in model.named_parameters() if name not in placed}
+    still = [name for name, p in rest.items() if no_decay is not None and no_decay(name, p)]
+    groups = [
+        {
+            **options,
+            "params": [tensors[name] for name in found.invariant],
+            "scale_invariant": True,
+            "norm_stats": stats,
+        },
+        {**options, "params": [p for name, p in rest.items() if name not in still], "scale_invariant": False},
+        {**options, "params": [rest[n] for n in still], "scale_invariant": False, "weight_decay": 0.0},
+    ]
+    if not found.invariant:
+        warnings.warn(
+            f"no parameters are scale-invariant, all groups are ordinary: {_why_empty(found)}", stacklevel=2
+        )
+    if found.invariant and found.unreached:
+        warnings.warn(
+            f"no input that was tried reaches {len(found.unreached)} parameters ({found.unreached[0]}, …). If others "
+            "do, as with experts, what is scale-invariant may not be so for them: give an example large enough to "
+            "reach all parameters, and requires_grad = False to those that are never used",
+            stacklevel=2,
+        )
+    if found.eps_deviation > LARGE_EPS:
+        warnings.warn(
+            f"the eps of the model's norms is large: it moves outputs by {found.eps_deviation:.2g} (relative) when "
+            "the scale-invariant weights are doubled, so that training will differ from that of torch.optim.SGD",
+            stacklevel=2,
+        )
+    return [group for group in groups if group["params"]]
+
+
+def _norm_stat(model: nn.Module, name: str, power: float) -> NormStat:
+    """By its module, where it is found wherever the model moves."""
+    path, _, last = name.rpartition(".")
+    return NormStat(model.get_submodule(path), last, power=power, name=name)
+
+
+def bias_or_norm(name: str, parameter: nn.Parameter) -> bool:
+    """What timm keeps out of weight decay: parameters with at most one dimension, and biases."""
+    return parameter.dim() <= 1 or name.endswith(".bias") or name == "bias"
+
+
+def _why_empty(found: Audit) -> str:
+    why = {}
+    for name in sorted(found.rest, key=lambda name: -found.sizes[name]):
+        why.setdefault(found.reasons[name], []).append(name)
+    return "; ".join(f"{len(names)} parameters ({names[0]}, …) {reason}" for reason, names in why.items())
+
+
+def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
+    if not probe.params:
+        raise ValueError("the model has no trainable parameters")
+    equations = Equations(len(probe.params), len(probe.norms), probe.dtype)
+    for tries_left in reversed(range(TRIES)):
+        _collect(equations, probe, max_rows, progress)
+        try:
+            return _solved(model, probe, equations, hold)
+        except AuditError as error:
+            # Otherwise more rows may tell, of a branch that few inputs reach, say.
+            if tries_left == 0 or (max_rows is not None and equations.count >= max_rows):
+                raise AuditError(f"{error}{_seldom(probe, equations)}") from error
+            if isinstance(error, UnconfirmedError):
+                # Activations that clip, as ReLU6 does, look invariant where they do not: here is more to be learned.
+                probe.rescale(error.powers, error.c)
+    raise AssertionError("TRIES is at least 1")
+
+
+def _seldom(probe: Probe, equations: Equations) -> str:
+    """What to do about parameters that only some of the inputs reach."""
+    rows = [(rows, name) for rows, name in zip(equations.reached(), probe.params, strict=True) if rows]
+    fewest, name = min(rows)
+    if fewest >= PATIENCE:
+        return ""
+    return f". Only {fewest} of {equations.count} rows see {name}: a larger example would tell more, if it reaches it"
+
+
+class UnconfirmedError(AuditError):
+    """A set solves the equations, but the output moves when it is scaled by c."""
+
+    def __init__(self, message: str, powers: dict[str, float], c: float) -> None:
+        super().__init__(message)
+        self.powers, self.c = powers, c
+
+
+def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit:
+    """The answer that the equations give, confirmed."""
+    names, norms = list(probe.params), list(probe.norms.values())
+    effect, seen = equations.effects()
+    reached = equations.reached()
+    if not effect.any():
+        raise ValueError("the output depends on none of the trainable parameters")
+    params = dict(model.named_parameters())
+    held = [hold(name, params[name]) for name in names]
+    sizes = [params[name].numel() for name in names]
+    # What only running statistics see has no gradient: without decay it never moves, and may follow any power.
+    follows = [h and s and not e for h, s, e in zip(held, seen, effect, strict=True)]
+    bounds = [
+        FREE if f else (0, 0 if h or not (e or s) else 1)
+        for f, h, e, s in zip(follows, held, effect, seen, strict=True)
+    ]
+    reduced, gap = equations.reduced()
+    values = largest(reduced, [0 if f else size for f, size in zip(follows, sizes, strict=True)], bounds)
+    chosen = [v > 0.5 and not f for v, f in zip(values, follows, strict=False)]
+    invariant = [name for name, c in zip(names, chosen, strict=True) if c]
+    powers = dict.fromkeys(invariant, 1.0)
+    powers |= {name: _snap(v) for name, v, f in zip(names, values, follows, strict=False) if f and _snap(v) != 0}
+    deviation, growth = _confirm(probe, powers, dict(zip(norms, values[len(names) :], strict=True)), equations.tol)
+    probe.as_it_was(model)
+    eps_deviation = probe.scaled(powers, 2.0).output if invariant else 0.0
+
+    reasons = {}
+    for i, name in enumerate(names):
+        if name in powers and name not in invariant:
+            reasons[name] = FOLLOWS
+        elif name not in invariant:
+            reasons[name] = (
+                UNREACHED if not reached[i]
+                else HELD if held[i]
+                else NO_EFFECT if not (effect[i] or seen[i])
+                else _why_not(i, reduced, bounds)
+            )  # fmt: skip
+    return Audit(
+        invariant=invariant,
+        sets=[[names[i] for i in part] for part in parts(reduced, chosen, follows)],
+        rest=[name for name in names if name not in invariant],
+        frozen=[name for name, p in params.items() if not p.requires_grad],
+        without_effect=[name for name, e in zip(names, effect, strict=True) if not e],
+        unreached=[name for name, r in zip(names, reached, strict=True) if not r],
+        reasons=reasons,
+        sizes={name: p.numel() for name, p in params.items()},
+        modules={name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in params},
+        norm_stats=[*growth.items(), *((name, power) for name, power in powers.items() if name not in invariant)],
+        rows=equations.count,
+        rank=len(reduced),
+        gap=gap,
+        deviation=deviation,
+        eps_deviation=eps_deviation,
+    )
+
+
+def _collect(equations: Equations, probe: Probe, max_rows: int | None, progress) -> None:
+    """Adds rows until their rank has settled; raises AuditError where it has not after max_rows."""
+    limit = equations.count + 2 * (equations.n + equations.K + 2 * PATIENCE) if max_rows is None else max_rows
+    start = done = len(set(equations.inputs))
+    rank = 0
+    while equations.count < limit:
+        for row in probe.rows():
+            equations.rows.append(row)
+            equations.inputs.append(done)
+        done += 1
+        if done % (PATIENCE // 2) == 0:
+            rank = equations.rank()
+            if progress is not None:
+                progress(equations.count, rank, limit)
+            if done - start > PATIENCE and rank == equations.rank(done - PATIENCE):
+                return
+    raise AuditError(f"the rank of the equations has not settled: it is {rank} after max_rows = {limit} rows")
+
+
+def _why_not(i: int, reduced: torch.Tensor, bounds: list[Bounds]) -> str:
+    """Why parameter i is not in the largest set, though it could be."""
+    if any(row[i] != 0 and row.count_nonzero() == 1 for row in reduced):
+        return PINNED
+    alone = [int(j == i) for j in range(len(bounds))]
+    if largest(reduced, alone, [b if b == FREE else (0, 1) for b in bounds], whole=False)[i] < 1e-6:
+        return OPPOSED
+    return NEEDS_HELD if largest(reduced, alone, bounds, whole=False)[i] < 1e-6 else SMALLER
+
+
+def _confirm(
+    probe: Probe, powers: dict[str, float], degrees: dict[str, float], tol: float
+) -> tuple[float, dict[str, float]]:
+    """Scales the set by FACTORS, each time at another point. Returns the largest relative change of the output, and
+    the power of P of every running statistic that changes; raises AuditError where these are not what they must be.
+    """
+    if not powers:
+        return 0.0, {}
+    changes = []
+    for c in FACTORS if probe.dtype == torch.float64 else FACTORS[:-1]:  # variances would leave float32
+        probe.move()
+        changes.append(probe.scaled(powers, c))
+        if not changes[-1].output <= tol:
+            raise UnconfirmedError(
+                f"a set of {len(powers)} parameters solves the equations, but when it is scaled by {c:g} the output "
+                f"moves by {changes[-1].output:.2e} (relative), more than {tol:.1e}",
+                powers,
+                c,
+            )
+    deviation = max(change.output for change in changes)
+    growth = {}
+    for name, power in changes[0].powers.items():
+        norm, _, kind = name.rpartition(".")
+        order = 2 if kind == "running_var" else 1
+        expected = order * degrees[norm] if norm in degrees else power
+        measured = [change.powers[name] for change in changes if not math.isnan(change.powers[name])]
+        if not all(abs(p - _snap(expected)) <= 1e3 * tol for p in measured):
+            raise AuditError(
+                f"{name} does not grow as a power of the scale: {expected:.6f} was expected, "
+                f"{', '.join(f'{p:.6f}' for p in measured)} measured"
+            )
+        if measured and _snap(expected) != 0:
+            growth[name] = _snap(expected)
+    return deviation, growth
+
+
+def _snap(power: float) -> float:
+    """The nearest multiple of one half."""
+    return round(2 * power) / 2 if math.isfinite(power) else power

@@ -1,0 +1,220 @@
+"""The C++ core: loaded from where an installation, `texp build` or an earlier use has put it, or else built."""
+
+import contextlib
+import glob
+import importlib.machinery
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+
+import torch  # its libraries are to be there before those of the core
+from filelock import FileLock
+
+from texp import torch_internals
+from texp.native import build
+from texp.native.build import BuildError, CompileError
+
+MODULE = "texp._C"
+
+EXPECTED_TIME = "about half a minute"  # on two cores, with nvcc
+
+_missing: dict[str, str] = {}  # why a part is missing, by its variable (build.PARTS); after `load`
+_has_given_up = False
+
+
+class MissingError(RuntimeError):
+    """What the environment insists on cannot be had, in one line."""
+
+
+def core() -> ModuleType | None:
+    """The core, if it has been loaded."""
+    return sys.modules.get(MODULE)
+
+
+def why_missing(variable: str) -> str:
+    """Why the core (TEXP_NATIVE) or the CUDA kernel (TEXP_CUDA) is missing, once :func:`load` has found out."""
+    return _missing.get(variable, "the core that is loaded comes without it")  # by an import of texp before this one
+
+
+def load(*, may_build: bool) -> ModuleType | None:
+    """The core for this torch and this Python, or None; then :func:`why_missing` says why.
+
+    Args:
+        may_build: build one if there is none, which takes EXPECTED_TIME and is said on stderr; other processes that
+            need the same one wait for it. If that fails, a warning says why, and this process does not try again,
+            nor, unless the build was only interrupted, do others with the same compilers.
+
+    Raises ValueError where TEXP_NATIVE, TEXP_CUDA or TEXP_CUDA_ARCHS has a value that it cannot have, and
+    MissingError where one of the first two is 1 but its part cannot be built.
+    """
+    global _has_given_up
+    if build.setting("TEXP_NATIVE") == "0":
+        _missing["TEXP_NATIVE"] = _turned_off("TEXP_NATIVE")
+        return None
+    if core() is not None:
+        return core()
+    if _has_given_up:
+        return None
+    try:
+        return _find_or_build(cache if may_build else None)
+    except BuildError as error:
+        _missing["TEXP_NATIVE"] = str(error)
+        if may_build:
+            for variable, part in build.PARTS.items():
+                if build.setting(variable) == "1":
+                    raise MissingError(f"{variable}=1 asks for {part}, but {error}") from None
+            if not _has_given_up:  # in another thread meanwhile
+                _has_given_up = True
+                warnings.warn(f"texp goes on without its C++ core: {error}", stacklevel=2)
+        return None
+
+
+def build_ahead() -> Path:
+    """Builds the core unless it is there, as :func:`load` does, but also where that has failed before.
+
+    It goes where texp is installed, so that it is there for all users, or else to where the first use would put it.
+    Returns the path of the library; raises BuildError, ValueError as `load`.
+    """
+    if build.setting("TEXP_NATIVE") == "0":
+        raise BuildError(_turned_off("TEXP_NATIVE"))
+    installed = build.PACKAGE / build.CORES
+    module = _find_or_build(lambda: installed if os.access(build.PACKAGE, os.W_OK) else cache(), again=True)
+    return Path(module.__file__)
+
+
+def main() -> int:
+    """The command `texp build`: prints the path of the core; returns the exit code."""
+    try:
+        print(build_ahead())
+    except (BuildError, ValueError) as error:
+        print(f"texp: the C++ core cannot be built: {error}", file=sys.stderr)
+        return 1
+    if build.setting("TEXP_CUDA") != "0" and not core().with_cuda:
+        print(f"texp: without the CUDA kernel: {why_missing('TEXP_CUDA')}", file=sys.stderr)
+    return 0
+
+
+def cache() -> Path:
+    """The folder for cores that are built on first use: TORCH_EXTENSIONS_DIR, or torch's own, and `texp` in it."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or torch_internals.extensions_folder()) / "texp"
+
+
+def _turned_off(variable: str) -> str:
+    how = "in the environment turns it off" if os.environ.get(variable) else "left it out when texp was installed"
+    return f"{variable}=0 {how}"
+
+
+def _variants() -> list[bool]:
+    """Whether the core is to have the CUDA kernel, in the order of preference."""
+    wanted = build.setting("TEXP_CUDA")
+    if wanted == "0":
+        _missing["TEXP_CUDA"] = _turned_off("TEXP_CUDA")
+    return {"auto": [True, False], "1": [True], "0": [False]}[wanted]
+
+
+def _find_or_build(root: Callable[[], Path] | None, *, again: bool = False) -> ModuleType:
+    """The core, loaded.
+
+    Args:
+        root: says where to build it if there is none; None: not at all.
+        again: whether to try what has failed before.
+    """
+    variants = _variants()
+    for with_cuda in variants:
+        name = build.core_name(with_cuda)
+        folders = _folders(name)
+        if (module := _load_from(folders)) is not None:
+            return module
+        try:
+            build.tools(with_cuda)
+            if not again:
+                _check_failed_before(folders, with_cuda)
+            if root is None:
+                raise _NotYetError(f"it is not built yet: the first use does it, or `texp build` ({EXPECTED_TIME})")
+            return _build(root(), name, with_cuda, again)
+        except BuildError as error:
+            # Without the kernel it may be there, or be built, all the same.
+            if with_cuda is variants[-1] or isinstance(error, _NotYetError):
+                raise
+            _missing["TEXP_CUDA"] = str(error)
+    raise AssertionError("the last variant returns or raises")
+
+
+class _NotYetError(BuildError):
+    pass
+
+
+def _folders(name: str) -> list[Path]:
+    """Where a core of that name may be. Unless GPUs are named now, those that the installation named will do."""
+    installed = build.PACKAGE / build.CORES
+    others = [] if os.environ.get("TEXP_CUDA_ARCHS") else sorted(installed.glob(f"{glob.escape(name)}_*"))
+    return [installed / name, *others, cache() / name]
+
+
+def _load_from(folders: Iterable[Path]) -> ModuleType | None:
+    """The core of one of these folders; None where there is none that can be loaded."""
+    for folder in folders:
+        # It is built again. OSError: it cannot be looked into, as that of another user.
+        with contextlib.suppress(ImportError, OSError):
+            if (path := folder / build.CORE_FILE).exists():
+                return _import(path)
+    return None
+
+
+def _import(path: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(MODULE, loader))
+    loader.exec_module(module)
+    sys.modules[MODULE] = module
+    return module
+
+
+def _build(root: Path, name: str, with_cuda: bool, again: bool) -> ModuleType:
+    """Builds the core, or waits for another process that does, and loads it."""
+    folder = root / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not torch's FileBaton, a file that a killed process leaves behind: this lock ends with its process.
+        with FileLock(folder / "lock"):
+            if (module := _load_from([folder])) is not None:
+                return module
+            if not again:
+                _check_failed_before([folder], with_cuda)
+            for leftover in folder.glob(f"{build.SCRATCH}*"):  # of a build that was interrupted
+                shutil.rmtree(leftover, ignore_errors=True)
+            print(_announcement(with_cuda), file=sys.stderr, flush=True)
+            try:
+                return _import(build.build(root, with_cuda))
+            except CompileError as error:
+                raise _failure(folder, str(error)) from None
+            except ImportError as error:
+                why = f"it was built but does not load: {error}"
+                build.note_failure(folder, with_cuda, why)
+                raise _failure(folder, why) from None
+    except (OSError, NotImplementedError) as error:  # the second where the file system knows no locks
+        raise BuildError(
+            f"{root} cannot be used ({getattr(error, 'strerror', None) or error}); set TORCH_EXTENSIONS_DIR to a "
+            "folder that can be written to"
+        ) from None
+
+
+def _announcement(with_cuda: bool) -> str:
+    of = f"torch {torch.__version__} and Python {platform.python_version()}"
+    return f"texp: building the C++ core{' and the CUDA kernel' if with_cuda else ''} for {of}, once: {EXPECTED_TIME}"
+
+
+def _check_failed_before(folders: Iterable[Path], with_cuda: bool) -> None:
+    """Raises BuildError if the core of one of these folders could not be built with the same compilers."""
+    for folder in folders:
+        if (why := build.failed_before(folder, with_cuda)) is not None:
+            raise _failure(folder, why)
+
+
+def _failure(folder: Path, why: str) -> BuildError:
+    return BuildError(f"{' '.join(why.split())} (all of it: {folder / 'build.log'}; `texp build` tries again)")

@@ -1,0 +1,44 @@
+"""Momentum buffers: where they are, their dtypes, and new ones."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from texp.backends.reference import Entry
+
+
+def buffer_dtype(param: Tensor, other: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
+    """That of the momentum buffer of a parameter.
+
+    Args:
+        other: its gradient, or a buffer that there is already.
+        momentum_dtype: what was asked for.
+    """
+    if momentum_dtype is None:
+        return torch.promote_types(param.dtype, other.dtype)
+    return momentum_dtype.to_complex() if param.is_complex() else momentum_dtype
+
+
+def with_buf(entry: Entry, momentum_dtype: torch.dtype | None) -> Entry:
+    """With a momentum buffer of zeros, dense or sparse as the gradient is."""
+    dense = entry.grad.layout == torch.strided
+    dtype = buffer_dtype(entry.param, entry.grad, momentum_dtype)
+    with torch.inference_mode(False):  # for later steps outside of it
+        return entry._replace(buf=torch.zeros_like(entry.param if dense else entry.grad, dtype=dtype))
+
+
+def widened(entry: Entry, momentum_dtype: torch.dtype | None, new_bufs: list[tuple[Tensor, Tensor]]) -> Entry:
+    """With a wider momentum buffer where there is one narrower than it is to be, as after model.float()."""
+    dtype = torch.promote_types(entry.buf.dtype, buffer_dtype(entry.param, entry.param, momentum_dtype))
+    if entry.buf.dtype == dtype or not (entry.buf.is_floating_point() or entry.buf.is_complex()):
+        return entry
+    with torch.inference_mode(False):
+        entry = entry._replace(buf=entry.buf.to(dtype))
+    new_bufs.append((entry.param, entry.buf))
+    return entry
+
+
+def buf_of(state: dict[Tensor, Any], param: Tensor) -> Tensor | None:
+    values = state.get(param)
+    return None if values is None else values.get("momentum_buffer")

@@ -1,0 +1,63 @@
+"""What no kernel can take in a step: it is taken in plain torch."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from texp.backends import reference
+from texp.backends.memory import that_share_memory
+from texp.backends.reference import Entry
+from texp.step import buffers, checks, groups
+from texp.theory import Row
+
+
+class Fallback:
+    """What the C++ core leaves to `texp.backends.reference` in a step: its `check` is called before anything is
+    changed, `do` after the core has done its part.
+
+    Args:
+        named: the backend that was asked for by name, or None; a named one leaves no parameter to others.
+        momentum_dtype: that of the optimizer.
+    """
+
+    def __init__(
+        self,
+        named: str | None,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        momentum_dtype: torch.dtype | None,
+    ) -> None:
+        self.named = named
+        self.param_groups = param_groups
+        self.state = state
+        self.momentum_dtype = momentum_dtype
+        self.work: list[tuple[tuple[bool | None, Row], Entry]] = []  # with `foreach` and row
+        self.new_bufs: list[tuple[Tensor, Tensor]] = []
+
+    def check(self, left: Iterable[tuple]) -> None:
+        for index, why, row, param, grad, buf, starts in left:
+            group, row, entry = self.param_groups[index], Row(*row), Entry(param, grad, buf)
+            checks.refuse_capture(index, group)
+            checks.check_fused(group, entry)
+            checks.check_tensors(index, row, entry)
+            if self.named is not None and why is not None:  # a tensor of norm_stats is left without a reason
+                raise RuntimeError(
+                    f"backend={self.named!r} was requested, but of a parameter of shape {tuple(param.shape)} in "
+                    f"parameter group {index}, {why}; backend=None leaves such parameters to plain torch"
+                )
+            checks.check_sparse(index, groups.hyperparameters(group), row, entry)
+            if starts:
+                entry = buffers.with_buf(entry, self.momentum_dtype)
+                self.new_bufs.append((entry.param, entry.buf))
+            elif buf is not None:
+                entry = buffers.widened(entry, self.momentum_dtype, self.new_bufs)
+            self.work.append(((group["foreach"], row), entry))
+
+    def do(self) -> None:
+        shared = that_share_memory(reference.written(entry for _, entry in self.work))
+        for (foreach, row), entries in reference.in_batches(self.work, shared):
+            reference.apply(row, entries, foreach=foreach, shared=shared)
+        for param, buf in self.new_bufs:
+            self.state[param]["momentum_buffer"] = buf

@@ -1,0 +1,289 @@
+"""Working on θ: a group in exponential form holds Pθ, and whatever reads or writes absolute sizes wants θ itself."""
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from texp import backends, theory
+from texp.backends.memory import PLAIN
+from texp.backends.reference import Entry
+from texp.step import buffers, checks, groups
+from texp.theory import Row, Scale
+from texp.torch_internals import foreach_copy_
+
+_BATCH = 1 << 24  # elements that are looked at together when the exponential form is restored
+
+
+Given = list[tuple[int, torch.Size, torch.dtype]]
+
+
+class _Item(NamedTuple):
+    """What of a parameter, or which statistic, is in exponential form, and how it is turned into θ and back."""
+
+    index: int  # of the group
+    find: Callable[[], Tensor | None]
+    what: str  # "weight", with its buffer, if there is one; "gradient" of the tensor; "alone", just the tensor
+    fold: Row
+    unfold: Row
+
+
+def fold(optimizer: Any) -> None:
+    """Turns all groups into θ and v, in place, and their gradients into those at θ."""
+    items, work = _work(optimizer, _items(optimizer), "fold")
+    _apply(optimizer, work, lambda left: _check([items[i] for i in left], [work[i] for i in left]))
+    _set_scales(optimizer, [(group, Scale()) for group in optimizer.param_groups])
+
+
+class Folded:
+    """Turns all groups into θ and v, and knows what they were."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._scales = [(group, groups.scale_of(group)) for group in optimizer.param_groups]
+        self._items = _items(optimizer)
+        self._saved = [_copy(_entry(optimizer, item)) for item in self._items]
+        fold(optimizer)
+
+    def restore(self) -> None:
+        """Gives the exponential form back: the very numbers wherever θ and v are what they were, otherwise those of
+        the present θ and v. Raises, and changes nothing, where it cannot.
+        """
+        items = [*self._items, *self._added()]
+        gradients = set()  # one may be of several parameters
+        _check(*_work(self._optimizer, items, "unfold"))
+        for batch in _batches(items, self._saved + [None] * (len(items) - len(self._saved))):
+            again = [_copy(saved) for _, saved in batch]
+            work = [(item.fold, entry) for (item, _), entry in zip(batch, again, strict=True) if entry]
+            _apply(self._optimizer, work)
+            unchanged = []
+            for (item, saved), folded in zip(batch, again, strict=True):
+                now = _entry(self._optimizer, item)
+                if now is not None and item.what == "gradient":
+                    if id(now.param) in gradients:
+                        continue
+                    gradients.add(id(now.param))
+                if now is not None and saved is not None and _same(now, folded):
+                    unchanged += [pair for pair in zip(now, saved, strict=True) if pair[0] is not None]
+                elif now is not None:
+                    self._restore(item, now, saved or _NOTHING, folded or _NOTHING)
+            if unchanged:
+                foreach_copy_(*map(list, zip(*unchanged, strict=True)))
+        _set_scales(self._optimizer, self._scales)
+
+    def _added(self) -> list[_Item]:
+        """Of parameters that have come into these groups meanwhile."""
+        known = {id(item.find()) for item in self._items}
+        return [
+            item
+            for index, (group, scale) in enumerate(self._scales)
+            if scale.is_exponential()
+            for item in _of_params(index, [p for p in group["params"] if id(p) not in known], scale)
+        ]
+
+    def _restore(self, item: _Item, now: Entry, saved: Entry, folded: Entry) -> None:
+        same_param = _equal(now.param, folded.param)
+        same_buf = None if now.buf is None else _equal(now.buf, folded.buf) & same_param
+        _apply(self._optimizer, [(item.unfold, now)])
+        _put_back(now.param, saved.param, same_param)
+        _put_back(now.buf, saved.buf, same_buf)
+
+
+_NOTHING = Entry(None)
+
+
+def _put_back(now: Tensor | None, saved: Tensor | None, where: Tensor | None) -> None:
+    if now is not None and saved is not None and _alike(now, saved):
+        now.copy_(torch.where(where, saved, now))
+
+
+def _items(optimizer: Any) -> list[_Item]:
+    """All that fold() changes; raises, before anything is changed, where that is not all that it would have to."""
+    found = optimizer._norm_stats.found(optimizer.param_groups)
+    items = []
+    for index, group in enumerate(optimizer.param_groups):
+        scale = groups.scale_of(group)
+        if not scale.is_exponential():
+            continue
+        _refuse_copies(index, group, optimizer._given_to(group))
+        elsewhere = _stepped_elsewhere(optimizer, index)
+        grown, shrunk = Row(s_p=scale.P), Row(s_p=1 / scale.P)
+        items += _of_params(index, group["params"], scale)
+        items += [_Item(index, partial(_itself, p), "alone", shrunk, grown) for p in elsewhere]
+        items += [_Item(index, partial(_itself, p), "gradient", grown, shrunk) for p in elsewhere]
+        stats = optimizer._norm_stats.of(group) if found[index] else ()
+        rows = {stat.power: (Row(s_p=scale.P**-stat.power), Row(s_p=scale.P**stat.power)) for stat in stats}
+        items += [_Item(index, stat.find, "alone", *rows[stat.power]) for stat in stats]
+    return items
+
+
+def _of_params(index: int, params: list[Tensor], scale: Scale) -> list[_Item]:
+    weight = theory.fold_row(scale), theory.unfold_row(scale)
+    gradient = Row(s_p=scale.P), Row(s_p=1 / scale.P)
+    return [_Item(index, partial(_itself, p), "weight", *weight) for p in params] + [
+        _Item(index, partial(_itself, p), "gradient", *gradient) for p in params
+    ]
+
+
+def _work(optimizer: Any, items: list[_Item], way: str) -> tuple[list[_Item], list[tuple[Row, Entry]]]:
+    """What there is of the items, and their rows; one gradient of several parameters is there once."""
+    there, work, gradients = [], [], set()
+    for item in items:
+        entry = _entry(optimizer, item)
+        if entry is None or (item.what == "gradient" and id(entry.param) in gradients):
+            continue
+        if item.what == "gradient":
+            gradients.add(id(entry.param))
+        there.append(item)
+        work.append((getattr(item, way), entry))
+    return there, work
+
+
+def _check(items: list[_Item], work: list[tuple[Row, Entry]]) -> None:
+    """Raises where a tensor cannot be written to."""
+    for item, (row, entry) in zip(items, work, strict=True):
+        if not _is_surely_writable(entry):  # to be sure of all in the same way would cost more than to fold them
+            checks.check_tensors(item.index, row, entry)
+
+
+def _is_surely_writable(entry: Entry) -> bool:
+    p, _, b = entry
+    return _is_usual(p) and (b is None or (_is_usual(b) and b.shape == p.shape and b.device == p.device))
+
+
+def _is_usual(x: Tensor) -> bool:
+    return type(x) in PLAIN and x.layout == torch.strided and x.is_contiguous() and not x.is_inference()
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def given(group: dict[str, Any]) -> Given:
+    """What a group was given, for fold() to see whether it still holds all of it. Neither held nor referred to: it
+    may be large, and torch.utils.swap_tensors refuses tensors that are referred to weakly.
+    """
+    return [(id(p), p.shape, p.dtype) for p in group["params"]]
+
+
+def _refuse_copies(index: int, group: dict[str, Any], given: Given) -> None:
+    """Raises where the group no longer holds what it was given, nor something like it in its place, as the shards
+    that fully_shard makes: the model's own weights are then stepped by others, or by nobody.
+    """
+    held = {id(p) for p in group["params"]}
+    now = [(p.shape, p.dtype) for p in group["params"]]
+    in_place = len(now) == len(given)
+    gone = [
+        shape
+        for i, (of, shape, dtype) in enumerate(given)
+        if of not in held and not (in_place and now[i] == (shape, dtype))
+    ]
+    if gone:
+        raise RuntimeError(
+            f"parameter group {index} cannot be folded: {len(gone)} of the parameters that it was given (the first "
+            f"of shape {tuple(gone[0])}) are no longer in it and would keep Pθ while the others become θ. A wrapper "
+            "that steps copies of the weights, as DeepSpeed's ZeRO does, has to be asked for θ itself, or the "
+            "model's weights be divided by group['scale']"
+        )
+
+
+def _stepped_elsewhere(optimizer: Any, index: int) -> list[Tensor]:
+    """Parameters of the group that are in this process's model, but stepped by others, under
+    torch.distributed.optim.ZeroRedundancyOptimizer. Their momentum is elsewhere too.
+    """
+    own = {id(p) for p in optimizer.param_groups[index]["params"]}
+    return [p for group in exposed(optimizer)[index : index + 1] for p in group["params"] if id(p) not in own]
+
+
+def exposed(optimizer: Any) -> list[dict[str, Any]]:
+    """The groups that ZeroRedundancyOptimizer shows, of all processes' parameters. Their options take the place of
+    the optimizer's at every step.
+    """
+    zero = _zero_of(optimizer)
+    return [] if zero is None else zero.param_groups
+
+
+def _zero_of(optimizer: Any) -> Any:
+    """The ZeroRedundancyOptimizer whose optimizer this is. It tells nobody, so that all objects are looked through,
+    once, and only where somebody has imported it.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return None
+    if optimizer._zero is None:
+        of = (x for x in gc.get_objects() if issubclass(type(x), module.ZeroRedundancyOptimizer))
+        zero = next((x for x in of if getattr(x, "optim", None) is optimizer), None)
+        optimizer._zero = weakref.ref(zero) if zero is not None else _nobody
+    return optimizer._zero()
+
+
+def _nobody() -> None:
+    return None
+
+
+def _entry(optimizer: Any, item: _Item) -> Entry | None:
+    tensor = item.find()
+    if item.what == "gradient":
+        tensor = tensor.grad
+    if tensor is None:
+        return None
+    return Entry(tensor, buf=buffers.buf_of(optimizer.state, tensor) if item.what == "weight" else None)
+
+
+def _copy(entry: Entry | None) -> Entry | None:
+    with torch.inference_mode(False):  # for kernels, which take no tensors made in it
+        return None if entry is None else Entry(*(None if x is None else x.detach().clone() for x in entry))
+
+
+def _same(now: Entry, folded: Entry) -> bool:
+    """Whether nothing was changed, told at little cost; False where that is not so, or cannot be told so."""
+    return all(
+        a is b if a is None or b is None else type(a) in PLAIN and _alike(a, b) and torch.equal(a, b)
+        for a, b in zip(now, folded, strict=True)
+    )
+
+
+def _equal(a: Tensor, b: Tensor | None) -> Tensor:
+    """Where two tensors are the same, NaN included; nowhere, where they cannot be, since the model was converted."""
+    if b is None or not _alike(a, b):
+        return torch.zeros((), dtype=torch.bool, device=a.device)
+    return (a == b) | ((a != a) & (b != b))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether their elements can be compared."""
+    return a.layout == b.layout == torch.strided and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def _batches(items: list[_Item], saved: list[Entry | None]) -> Iterator[list[tuple[_Item, Entry | None]]]:
+    batch, elements = [], 0
+    for item, entry in zip(items, saved, strict=True):
+        numel = 0 if entry is None else entry.param.numel()
+        if batch and elements + numel > _BATCH:
+            yield batch
+            batch, elements = [], 0
+        batch.append((item, entry))
+        elements += numel
+    if batch:
+        yield batch
+
+
+def _apply(optimizer: Any, work: list[tuple[Row, Entry]], check: Callable = lambda left: None) -> None:
+    backends.apply(optimizer._kernels, work, check)
+
+
+def _set_scales(optimizer: Any, scales: list[tuple[dict[str, Any], Scale]]) -> None:
+    shown = dict(zip(map(id, optimizer.param_groups), exposed(optimizer), strict=False))
+    for group, scale in scales:
+        for place in (group, shown.get(id(group))):
+            if place is not None and scale != groups.scale_of(place):
+                groups.set_scale(place, scale)
+    # What is at P = 1 has no parameters elsewhere to agree with, whatever it was given.
+    optimizer._given = [(group, given(group)) for group in optimizer.param_groups]
+    if optimizer._device is not None:
+        optimizer._device.write(optimizer.state)
