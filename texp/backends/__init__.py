@@ -126,9 +126,9 @@ class Kernels(NamedTuple):
 
     core: Any = None
     """The C++ core, which gathers what a step changes; None: texp.backends.reference does all of it."""
-    cpu: bool | Callable = False
-    """Who takes tensors on the CPU: no kernel, that of the core (True), or one to be called with the tables."""
-    cuda: bool | Callable = False
+    cpu: Any = False
+    """Who takes tensors on the CPU: no kernel, that of the core (True), or a launcher, which is given the tables."""
+    cuda: Any = False
     """The same for tensors on GPUs."""
     scale_on: str | None = None
     """The type of device that can hold P and κ."""
@@ -158,22 +158,22 @@ def kernels(name: str | None, gpus: Iterable[torch.device] = ()) -> Kernels:
         module, _ = _triton_kernels()
         launcher = module.Launcher()
         if module.INTERPRETED:
-            return Kernels(core_, cpu=launcher.step, scale_on="cpu", launcher=launcher)
-        return Kernels(core_, cpu, launcher.step, scale_on="cuda", launcher=launcher)
+            return Kernels(core_, cpu=launcher, scale_on="cpu", launcher=launcher)
+        return Kernels(core_, cpu, launcher, scale_on="cuda", launcher=launcher)
     if for_gpus == "cuda":
         return Kernels(core_, cpu, True, scale_on="cuda")
     return Kernels(core_, cpu)
 
 
-def apply(kernels: Kernels, work: list[tuple[Row, Entry]], check: Callable[[Iterable[int]], object]) -> None:
-    """Applies its row to each tensor, by those kernels, or in plain torch where they cannot take it: `check` is
-    called with the places of these, before anything is changed, and may raise.
+def apply(stepper: Any, work: list[tuple[Row, Entry]], check: Callable[[Iterable[int]], object]) -> None:
+    """Applies its row to each tensor, by the kernels of a core's Stepper, or in plain torch where they cannot take it
+    or there is none: `check` is called with the places of these, before anything is changed, and may raise.
     """
-    if kernels.core is None:
+    if stepper is None:
         left = range(len(work))
         check(left)
     else:
-        left = kernels.core.apply_rows(work, check, kernels.cpu, kernels.cuda)
+        left = stepper.apply_rows(work, check)
     work = [work[i] for i in left]
     shared = that_share_memory(reference.written(entry for _, entry in work))
     for row, entries in reference.in_batches(work, shared):
