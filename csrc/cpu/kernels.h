@@ -55,7 +55,7 @@ void reduce(const TensorEntry* tensors, int64_t n, double* sums);
 }  // namespace cpu
 
 // The instruction sets it was compiled for that this processor has, the best first, which is used unless another is
-// asked for. All give the same bits.
+// asked for. All give the same bits. "nothing" leaves tensors as they are, for benchmarks of the host.
 std::vector<std::string> cpu_variants();
 void use_cpu_variant(const std::string& name);
 
