@@ -46,6 +46,9 @@ void apply(const py::tuple& row, const py::iterable& entries) {
   rows.set(rows.add(), as_row(row));
   TensorList list(c10::Device(c10::kCPU));
   take(list, entries, 0);
+  for (int64_t i = 0; i < list.size(); ++i)
+    if (!rows.fits(0, list.entries()[i].dtypes.is_wide()))
+      throw py::value_error("the parameter is too narrow for a step as large as this");
   list.finish();
   cpu::apply(list.entries(), list.size(), list.tiles(), rows);
   list.write_back();

@@ -316,8 +316,8 @@ class TensorList {
   std::vector<TensorEntry> entries_;  // beyond size_: those of the step before
   std::vector<Impls> impls_;
   size_t size_ = 0, last_size_ = 0;
-  bool changed_ = false;  // whether some entry differs from that of the step before
-  bool moved_ = false;    // whether one is in other memory
+  bool changed_ = true;  // whether some entry differs from that of the step before
+  bool moved_ = true;    // whether one is in other memory
   bool is_checked_ = false;  // whether the entries are those of a step whose memory was found not to be shared
   int64_t version_ = 0;
   Tiles tiles_;                    // on the CPU
