@@ -49,7 +49,7 @@ void apply(const py::tuple& row, const py::iterable& entries) {
   for (int64_t i = 0; i < list.size(); ++i)
     if (!rows.fits(0, list.entries()[i].dtypes.is_wide()))
       throw py::value_error("the parameter is too narrow for a step as large as this");
-  list.finish();
+  if (list.finish()) throw py::value_error("tensors that are written to share memory");
   cpu::apply(list.entries(), list.size(), list.tiles(), rows);
   list.write_back();
   list.bump_versions();

@@ -181,14 +181,17 @@ class SGD(torch.optim.Optimizer):
     def _find_kernels(self, more_params: Iterable[Tensor] = ()) -> None:
         params = [p for group in self.__dict__.get("param_groups", ()) for p in group["params"]]
         self._gpus = _gpus((*params, *more_params))
-        self._kernels = kernels = backends.kernels(self._backend, self._gpus)
-        self._stepper = kernels.core and kernels.core.Stepper(
-            check_scale=groups.check_step, current_stream=current_raw_stream, cpu=kernels.cpu, cuda=kernels.cuda
-        )
+        self._use(backends.kernels(self._backend, self._gpus))
         self._device: DeviceScaleState | None = None  # P and κ, while they are there
         # What graphs know by address; kept when a state dict is loaded.
         self._captured: list[tuple] = self.__dict__.get("_captured", [])
         self._skipped: bool | Tensor = False
+
+    def _use(self, kernels: backends.Kernels) -> None:
+        self._kernels = kernels
+        self._stepper = kernels.core and kernels.core.Stepper(
+            check_scale=groups.check_step, current_stream=current_raw_stream, cpu=kernels.cpu, cuda=kernels.cuda
+        )
 
     @property
     def step_was_skipped(self) -> bool:
@@ -292,7 +295,7 @@ class SGD(torch.optim.Optimizer):
         if self.defaults["differentiable"]:
             self._differentiable_step()
         elif (stepper := self._stepper) is None or (
-            self._kernels.launcher and torch.cuda.is_current_stream_capturing()
+            self._kernels.launcher and self._kernels.cuda and torch.cuda.is_current_stream_capturing()
         ):
             self._step_in_plain_torch(grad_scale)
         elif result := stepper.step(

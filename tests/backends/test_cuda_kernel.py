@@ -1,5 +1,5 @@
-"""csrc/cuda/kernels.cu, compiled for the host with a stand-in for CUDA (tests/backends/cuda_on_host): what it computes, and
-where it writes. The same source is compiled by nvcc in test_cuda_build.py, and run on a GPU by tests marked `gpu`."""
+"""csrc/cuda/kernels.cu, compiled for the host with a stand-in for CUDA (cuda_on_host, beside this): what it computes,
+and where it writes. The same source is compiled by nvcc in test_cuda_build.py, and run on a GPU by tests marked `gpu`."""
 
 import ctypes
 import math
@@ -23,8 +23,8 @@ from tests.conftest import same_bits
 from tests.test_theory import hypers
 from texp import theory
 from texp.backends import Kernels
-from texp.step.groups import scale_of
 from texp.backends.reference import Entry
+from texp.step.groups import scale_of
 from texp.theory import Hyperparameters, Row, Scale
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def kernel(tmp_path_factory):
     library = tmp_path_factory.mktemp("cuda") / "kernels.so"
     # Without -ffp-contract=off, the compiler would fuse what nvcc is told not to.
     command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread"]
-    command += [f"-I{ROOT / "tests" / "backends" / "cuda_on_host"}", f"-I{ROOT / 'csrc'}", "-x", "c++"]
+    command += [f"-I{ROOT / 'tests' / 'backends' / 'cuda_on_host'}", f"-I{ROOT / 'csrc'}", "-x", "c++"]
     subprocess.run([*command, str(ROOT / "csrc" / "cuda" / "kernels.cu"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     pointer, n = ctypes.c_void_p, ctypes.c_int64
@@ -685,7 +685,7 @@ def test_whole_steps_with_and_without_a_scaler(kernel, name, dtype, of_grads):
         groups = [{"params": params[:3], "norm_stats": [(stat, 2)]}, {"params": params[3:], "lr": 0.05}]
         optimizer = texp.SGD(groups, backend="cpu", **ARGUMENTS[name])
         if launcher is not None:
-            optimizer._kernels = Kernels(core, cpu=launcher.apply, scale_on="cpu", launcher=launcher)
+            optimizer._use(Kernels(core, cpu=launcher, scale_on="cpu", launcher=launcher))
         for t in range(14):
             torch.manual_seed(100 + t)
             for i, p in enumerate(params):
