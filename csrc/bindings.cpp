@@ -148,7 +148,7 @@ std::pair<int, const char*> cuda_devices() {
 }  // namespace texp
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The C++ core of texp; see texp/optimizer.py and texp/backends.";
+  module.doc() = "The C++ core of texp; see texp/optimizer.py and csrc/host/gather.h.";
   module.def("observed", &at::hasCallbacks, "Whether a profiler or another observer is to see the next step.");
   module.def("step", &texp::step, py::arg("groups"), py::arg("norm_stats"), py::arg("state"), py::arg("grad_scale"),
              py::arg("momentum_dtype"), py::arg("check"), py::arg("cpu") = true, py::arg("cuda") = false);
