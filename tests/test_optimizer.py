@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import texp
-import texp.step.groups
 from tests.conftest import profiler, relative_error, same_bits
 from tests.states import assert_unchanged, param, snapshot
 from texp.optimizer import FusedOptimizer
