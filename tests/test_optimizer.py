@@ -271,7 +271,7 @@ class TestErrors:
     CASES = {
         "nan lr": ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
         "infinite decay": ({"weight_decay": math.inf}, ValueError, "Invalid weight_decay value: inf"),
-        "unknown backend": ({"backend": "cudnn"}, ValueError, "one of 'cuda', 'triton', .*, got 'cudnn'"),
+        "unknown backend": ({"backend": "cudnn"}, ValueError, "one of 'cuda', 'cpu', .*, got 'cudnn'"),
         **{
             f"missing {name}": ({"backend": name}, RuntimeError, f"'{name}' was requested, but .*; available here: ")
             for name in MISSING
