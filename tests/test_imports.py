@@ -11,12 +11,12 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up. A module may import what stands below its room, and its own room; not what stands beside it.
 LAYERS = [
-    ("texp.theory", "texp.torch_internals", "texp.kernels"),
-    ("texp.native", "texp.schedules"),
+    ("texp.theory", "texp.torch_internals"),
+    ("texp.native", "texp.kernels", "texp.schedules"),
     ("texp.backends",),
     ("texp.step",),
     ("texp.optimizer", "texp.invariance"),
-    ("texp.integrations",),
+    ("texp.sgd", "texp.integrations"),
     ("texp.clipping",),
     ("texp",),  # the package itself: what users see
     ("texp.bench",),

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import texp
-import texp.step.groups
 from tests.conftest import profiler, relative_error, same_bits
 from tests.states import assert_unchanged, param, snapshot
+from texp.optimizer import FusedOptimizer
+from texp.step import groups
 
 
 class TestTheInterfaceOfTorch:
@@ -270,7 +271,7 @@ class TestErrors:
     CASES = {
         "nan lr": ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
         "infinite decay": ({"weight_decay": math.inf}, ValueError, "Invalid weight_decay value: inf"),
-        "unknown backend": ({"backend": "cudnn"}, ValueError, "one of 'cuda', 'triton', .*, got 'cudnn'"),
+        "unknown backend": ({"backend": "cudnn"}, ValueError, "one of 'cuda', 'cpu', .*, got 'cudnn'"),
         **{
             f"missing {name}": ({"backend": name}, RuntimeError, f"'{name}' was requested, but .*; available here: ")
             for name in MISSING
@@ -380,3 +381,40 @@ def test_foreach_changes_nothing(foreach):
                 p.grad = torch.full_like(p, math.cos(t)) if (t + i) % 3 else None
             optimizer.step()
     assert all(same_bits(p, q) for p, q in zip(*params, strict=True))
+
+
+class HeavyBall(FusedOptimizer):
+    """Another optimizer, as small as one can be: its hyperparameters, and what it refuses of them."""
+
+    def __init__(self, params, lr: float, backend: str | None = None) -> None:
+        defaults = {"lr": lr, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, **groups.TORCH_DEFAULTS}
+        super().__init__(params, defaults, backend=backend, capturable=False, momentum_dtype=None)
+
+    def _check_hyperparameters(self, group) -> None:
+        super()._check_hyperparameters(group)
+        if group["momentum"] == 0:
+            raise ValueError("a heavy ball needs momentum")
+
+
+def test_another_optimizer_is_its_hyperparameters(general):
+    runs = []
+    for make in (
+        lambda p: HeavyBall([p], 0.1, general.backend),
+        lambda p: general.sgd([p], lr=0.1, momentum=0.9, weight_decay=0.1),
+    ):
+        p = param()
+        optimizer = make(p)
+        for t in range(4):
+            if t == 2:
+                optimizer = pickle.loads(pickle.dumps(optimizer))
+                (p,) = optimizer.param_groups[0]["params"]
+                optimizer.param_groups[0]["scale_invariant"] = True
+            p.grad = torch.full_like(p, 0.5)
+            optimizer.step()
+        optimizer.fold()
+        runs.append((p, optimizer))
+    assert same_bits(runs[0][0], runs[1][0])
+    assert type(runs[0][1]) is HeavyBall
+    with pytest.raises(ValueError, match="a heavy ball needs momentum"):
+        runs[0][1].add_param_group({"params": [param()], "momentum": 0.0})
+    assert len(runs[0][1].param_groups) == 1

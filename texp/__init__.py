@@ -4,7 +4,7 @@ from texp import backends, schedules, theory
 from texp.clipping import clip_grad_norm_
 from texp.invariance.audit import Audit, audit, param_groups
 from texp.invariance.equations import AuditError
-from texp.optimizer import SGD
+from texp.sgd import SGD
 from texp.step.norm_stats import NormStat
 
 __all__ = [

@@ -1,5 +1,6 @@
-"""texp.SGD: groups, state, checkpoints. The arithmetic of a step is in `texp.theory` (scalars) and in the
-backends (tensors); which row applies to which tensor is in `texp.step.gather` and csrc/host.
+"""What texp's optimizers have in common: groups, hooks, GradScaler, graphs, checkpoints, working on θ. The arithmetic
+of a step is in texp.theory (scalars) and in the backends (tensors); which row applies to which tensor is in
+texp.step.gather and csrc/host.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd as torch_sgd
 
 from texp import backends, theory
 from texp.step import buffers, folding, gather, groups, norm_stats
@@ -28,11 +28,13 @@ _OPTIONS = {"_backend": None, "_step_supports_amp_scaling": False, "capturable":
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _of_the_optimizer(method: Callable) -> Callable:
-    """Lightning's wrappers are of a subclass of what they wrap: methods would assign to the wrapper instead."""
+def unwrapped(method: Callable) -> Callable:
+    """Calls a method on the optimizer itself: Lightning's wrappers are of a subclass of what they wrap, so that the
+    method would assign to the wrapper.
+    """
 
     @functools.wraps(method)
-    def call(self: "SGD", *args, **kwargs) -> Any:
+    def call(self: "FusedOptimizer", *args, **kwargs) -> Any:
         while "_optimizer" in self.__dict__:
             self = self.__dict__["_optimizer"]
         return method(self, *args, **kwargs)
@@ -40,132 +42,46 @@ def _of_the_optimizer(method: Callable) -> Callable:
     return call
 
 
-class SGD(torch.optim.Optimizer):
-    r"""SGD with momentum, a drop-in for :class:`torch.optim.SGD`, that can train scale-invariant parameters in
-    the exponential form of Li & Arora (ICLR 2020): without weight decay, with a learning rate that grows at
-    every step, and through exactly the same functions.
+class FusedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose step of all groups is one pass of a backend.
+
+    A subclass brings its hyperparameters: arguments, which become `defaults`, and what it refuses of them, in
+    :meth:`_check_hyperparameters`.
 
     Args:
-        params: parameters, named parameters or groups, as for any torch optimizer.
-        lr: learning rate η; a float, or a tensor of one element. In a scale-invariant group too this is the
-            ordinary LR, so that any torch scheduler works unchanged. Default 1e-3.
-        momentum: γ, default 0.
-        dampening: τ, default 0.
-        weight_decay: λ, an L2 penalty as in torch, default 0.
-        nesterov: Nesterov momentum, default False. Needs momentum > 0 and no dampening.
-        maximize: go up the gradient instead of down, default False.
-        foreach: for the reference backend, whether to batch tensors; None, the default, where it pays.
-        differentiable: let autograd see the step, which is then torch's own. Default False; not for
-            scale-invariant groups.
-        fused: True asks a GradScaler to leave the gradients scaled, as torch's own fused step does: the step unscales
-            them while it reads them, and waits for nothing. It says nothing of kernels, which take one pass in any
-            case. Default None.
-        scale_invariant: the loss must not change when all parameters of the group are multiplied by the same
-            number c > 0. Their weight decay is then traded for a growing LR. Default False; usually set per
-            group, as texp.param_groups does.
-        backend: "reference", "cpu", "cuda" or "triton". None, the default, takes "cpu" for tensors on the CPU and,
-            for tensors on GPUs, "cuda" or else "triton"; what they cannot take is stepped by "reference", in plain
-            torch. One that is named never falls back. With TRITON_INTERPRET=1 in the environment, "triton" takes
-            tensors on the CPU, slowly.
-        capturable: keep P and κ on the GPU, so that a step captured in a graph replays the schedule.
-            Hyperparameters may then be float32 or float64 tensors on the device; others are those of the
-            capture. Take a step before each capture. Needs "cuda" or "triton"; default False. An option of the whole
-            optimizer, not of a group.
-        momentum_dtype: the dtype of momentum buffers, such as float32 for weights in bfloat16, or bfloat16 for
-            weights in float32. None, the default: that to which parameter and gradient are promoted together.
-
-    In a scale-invariant group the parameters hold Pθ, where θ are the weights that torch.optim.SGD would hold,
-    and the momentum buffers (v − κθ)/P; `group["scale"]` is P, kept in [1, 2), `group["scale_exponent"]` counts how
-    often it was halved for that, and `group["carried_decay"]` is κ. :meth:`intrinsic_scales` gives P of any group.
-    The functions computed are the same; :meth:`fold` turns the weights into θ themselves. Any group can become
-    scale-invariant at any step (set ``group["scale_invariant"] = True``), and an ordinary one again by
-    :meth:`fold` and setting it to False.
-
-    ``"norm_stats"`` of a group that is given, or is there already, holds running statistics that grow with the
-    weights: where the input of a BatchNorm grows as P^d, its running mean with power d and its running variance with
-    2·d. Each step multiplies them by the change of P^power. They are (module, "running_mean", power), or (function,
-    power) with a function that returns the tensor, and are found anew at each step, wherever the model has moved; or
-    (tensor, power), which holds until the model replaces it. The optimizer takes them out of the group and keeps
-    them in :attr:`norm_stats`. They are not in state dicts: a run is resumed with groups that have them.
-
-    On GPUs, P and κ are on the device while steps are captured with capturable=True or, with fused=True, may be
-    skipped by a GradScaler, and what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr`
-    and :meth:`state_dict`.
-
-    A step modifies in place: parameters, momentum buffers, norm_stats. It never writes to a gradient. With fused=True
-    a step under a GradScaler unscales the gradients while reading them; where the scaler found an inf or a NaN,
-    nothing at all is changed and :attr:`step_was_skipped` is True.
-
-    The first optimizer for which there is no C++ core yet builds it (texp.native), once for this torch and Python.
-
-    Raises, before anything is changed: ValueError for hyperparameters that are negative (the LR of a step may
-    be), not finite or beyond the range of the arithmetic, and for combinations that torch refuses; RuntimeError
-    for a backend that is not available, for tensors that cannot be written to (expanded, of integers, made in
-    inference mode), for momentum buffers that do not fit, and for sparse gradients with weight decay unless the
-    group is scale-invariant and without momentum.
-
-    Parameters that share memory (views of one tensor, or one that is given twice) are stepped one after the
-    other, by the reference backend.
+        params: as for any torch optimizer.
+        defaults: options of a group. Among them are lr, momentum, dampening, weight_decay and nesterov, from which
+            texp.theory makes the rows of a step; and maximize, foreach, differentiable and fused, which mean what
+            they mean to torch. Where `differentiable` may be True, the subclass has a :meth:`_differentiable_step`.
+        backend, capturable, momentum_dtype: as texp.SGD has them.
     """
 
-    # torch.compile leaves a constructor whole: where it stopped within one, attributes would be lost.
-    @disable_dynamo
     def __init__(
         self,
         params,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | Tensor = 0,
-        nesterov: bool = False,
+        defaults: dict[str, Any],
         *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        scale_invariant: bool = False,
-        backend: str | None = None,
-        capturable: bool = False,
-        momentum_dtype: torch.dtype | None = None,
+        backend: str | None,
+        capturable: bool,
+        momentum_dtype: torch.dtype | None,
     ) -> None:
-        # The errors of torch.optim.SGD, in its order and words; NaN and infinity, which it lets pass, are refused.
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        for what, value in (
-            ("learning rate", lr),
-            ("momentum value", momentum),
-            ("weight_decay value", weight_decay),
-        ):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"Invalid {what}: {value}")
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        if fused and differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if fused and foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        if differentiable and backend not in (None, "reference"):
+        if defaults["differentiable"] and backend not in (None, "reference"):
             raise RuntimeError(f"backend={backend!r} was requested, but a differentiable step is torch's own")
         if momentum_dtype not in (None, *_FLOATING):
             raise ValueError(f"momentum_dtype must be None or one of {_FLOATING}, got {momentum_dtype!r}")
         self._backend = backend
         self.capturable = capturable
         self.momentum_dtype = momentum_dtype
-        self._step_supports_amp_scaling = bool(fused)  # torch's name: whether a GradScaler leaves gradients scaled
+        # torch's name: whether a GradScaler leaves gradients scaled.
+        self._step_supports_amp_scaling = bool(defaults["fused"])
         self._set_unfolded()
         self._find_kernels()
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, {**defaults, "scale_invariant": True} if scale_invariant else defaults)
+        super().__init__(params, defaults)
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for a new group with hyperparameters that are refused."""
+        hyper = groups.hyperparameters(group).check()
+        theory.check_non_negative(lr=hyper.lr)
 
     def _set_unfolded(self) -> None:
         self._folded: Folded | None = None  # what the exponential form was, while θ is held
@@ -205,12 +121,11 @@ class SGD(torch.optim.Optimizer):
         """Adds a group; see torch.optim.Optimizer.add_param_group. As in torch the dict itself becomes the group, but
         a copy does where there are norm_stats, which stay in the dict that was given.
 
-        Raises ValueError for hyperparameters that texp.SGD itself would refuse; the optimizer is then unchanged.
+        Raises ValueError for hyperparameters that the constructor would refuse; the optimizer is then unchanged.
         """
         if isinstance(param_group, dict):
             values = {**groups.SCALE_KEYS, **self.defaults, **param_group}
-            hyper = groups.hyperparameters(values).check()
-            theory.check_non_negative(lr=hyper.lr)
+            self._check_hyperparameters(values)
             groups.check_scale(values)
             stats = norm_stats.parsed(values.get("norm_stats", []))
             exponential = groups.is_exponential(values)
@@ -264,7 +179,7 @@ class SGD(torch.optim.Optimizer):
     _untraced_step = disable_dynamo(_hooked_step)
 
     def _is_observed(self) -> bool:
-        if type(self).step is not SGD.step:
+        if type(self).step is not FusedOptimizer.step:
             return False  # torch has wrapped the step of a subclass, which called this one
         return bool(
             self._kernels.core is None
@@ -400,33 +315,7 @@ class SGD(torch.optim.Optimizer):
     step.__signature__ = inspect.signature(_step)
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
-    @torch.enable_grad()
-    def _differentiable_step(self) -> None:
-        for index, group in enumerate(self.param_groups):
-            if groups.is_exponential(group):
-                raise RuntimeError(f"parameter group {index} is scale_invariant: its step cannot be differentiable")
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            bufs = [buffers.buf_of(self.state, p) for p in params]
-            torch_sgd(
-                params,
-                [p.grad for p in params],
-                bufs,
-                has_sparse_grad=any(p.grad.is_sparse for p in params),
-                foreach=False,
-                fused=False,
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-            )
-            if group["momentum"] != 0:
-                for param, buf in zip(params, bufs, strict=True):
-                    self.state[param]["momentum_buffer"] = buf
-
-    @_of_the_optimizer
+    @unwrapped
     @torch.no_grad()
     def fold(self) -> None:
         """Turns every scale-invariant group into the weights θ and momentum v that torch.optim.SGD would hold.
@@ -442,7 +331,7 @@ class SGD(torch.optim.Optimizer):
         folding.fold(self)
         self._forget_folded()
 
-    @_of_the_optimizer
+    @unwrapped
     @contextlib.contextmanager
     def folded(self) -> Iterator[None]:
         """``with optimizer.folded():`` holds θ and v, as :meth:`fold` makes them, for whatever reads or writes
@@ -463,7 +352,7 @@ class SGD(torch.optim.Optimizer):
             self._contexts -= 1
             self._leave_folded()
 
-    @_of_the_optimizer
+    @unwrapped
     def eval(self) -> None:
         """As entering :meth:`folded`, until :meth:`train`: the weights are θ, for evaluation and export. Several
         frameworks call both where an optimizer has them.
@@ -471,7 +360,7 @@ class SGD(torch.optim.Optimizer):
         self._enter_folded()
         self._evaluating = True
 
-    @_of_the_optimizer
+    @unwrapped
     def train(self) -> None:
         """Ends what :meth:`eval` has begun; nothing otherwise."""
         self._evaluating = False
@@ -494,21 +383,6 @@ class SGD(torch.optim.Optimizer):
         self._folded = None
         self._evaluating = False
 
-    @_of_the_optimizer
-    def log10_lr(self) -> list[float]:
-        """log10 of the paper's learning rate η̃ of the next step, one float a group (η̃ itself leaves the range
-        of a float in long runs). For an ordinary group, log10 of its LR; −inf where the LR is 0.
-        """
-        self._read_back()
-        return [
-            theory.log10_lr(
-                groups.scale_of(group),
-                groups.hyperparameters(group),
-                first=groups.is_first(group, [buffers.buf_of(self.state, p) for p in group["params"]]),
-            )
-            for group in self.param_groups
-        ]
-
     @property
     def norm_stats(self) -> list[list[NormStat]]:
         """For each group its statistics, a list of texp.NormStat: `find()` gives the tensor, `power` the power of P.
@@ -519,7 +393,7 @@ class SGD(torch.optim.Optimizer):
     def _given_to(self, group: dict[str, Any]) -> folding.Given:
         return next((given for of, given in self._given if of is group), [])
 
-    @_of_the_optimizer
+    @unwrapped
     def intrinsic_scales(self) -> list[float | Tensor]:
         """P of each group, by which a gradient is to be multiplied to be that at θ; 1.0 for an ordinary group. Where
         P is on a device it is a float64 tensor there, and nothing waits.
@@ -528,7 +402,7 @@ class SGD(torch.optim.Optimizer):
             return list(self._device.scales[:, 0].clone())
         return [groups.scale_of(group).P for group in self.param_groups]
 
-    @_of_the_optimizer
+    @unwrapped
     def state_dict(self) -> dict[str, Any]:
         """As any torch optimizer's, with P and κ among the options of groups in exponential form; norm_stats belong
         to the model and are not in it. torch.optim.SGD can load it after :meth:`fold`, or inside :meth:`folded`.
@@ -539,7 +413,7 @@ class SGD(torch.optim.Optimizer):
             group.pop("norm_stats", None)  # given since the last step
         return state_dict
 
-    @_of_the_optimizer
+    @unwrapped
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a texp.SGD or of a torch.optim.SGD, at any step of a run.
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import texp
-from texp import backends, optimizer
+from texp import backends, native, optimizer
 from texp.backends import Kernels
 
 GPU = torch.device("cuda:0")
@@ -32,20 +32,17 @@ def stand_ins(monkeypatch):
     """Makes this look like a machine with a GPU and such a core and such Triton kernels."""
 
     def make(core: str, triton: str, hip: str | None = None) -> None:
-        of_native = {
-            "load": lambda may_build: CORES[core],
-            "core": lambda: CORES[core],
-            "why_missing": lambda part: "so it was",
-        }
-        monkeypatch.setattr(backends, "native", SimpleNamespace(**of_native))
-        monkeypatch.setattr(backends, "_cuda_devices", lambda: (1, None))
-        monkeypatch.setattr(backends.torch.backends.cuda, "is_built", lambda: True)
-        monkeypatch.setattr(backends.torch.version, "hip", hip)
+        monkeypatch.setattr(native, "load", lambda may_build: CORES[core])
+        monkeypatch.setattr(native, "core", lambda: CORES[core])
+        monkeypatch.setattr(native, "why_missing", lambda part: "so it was")
+        monkeypatch.setattr(backends.cuda, "devices", lambda: (1, None))
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+        monkeypatch.setattr(torch.version, "hip", hip)
         kernels = SimpleNamespace(
             INTERPRETED=triton == "interpreted", Launcher=lambda: SimpleNamespace(step="triton")
         )
         loaded = (None, "Triton is not installed") if triton == "none" else (kernels, backends.OK)
-        monkeypatch.setattr(backends, "_triton_kernels", lambda: loaded)
+        monkeypatch.setattr(backends.triton, "_kernels", lambda: loaded)
 
     return make
 
@@ -68,7 +65,7 @@ ON_GPUS = {
 def test_the_best_kernel_that_there_is(stand_ins, core, triton):
     stand_ins(core, triton)
     expected = ON_GPUS[core, triton]
-    assert backends.for_gpu([GPU]) == expected
+    assert backends.default_for("cuda", [GPU]) == expected
     assert backends.default_for("cuda") == ("cuda" if core == "for other GPUs" else expected)  # whatever GPU it is
     made = backends.kernels(None, {GPU})
     assert made.cuda == {"cuda": True, "triton": "triton", "reference": False}[expected]
@@ -79,7 +76,7 @@ def test_the_best_kernel_that_there_is(stand_ins, core, triton):
 
 def test_on_rocm_triton_is_asked_first(stand_ins):
     stand_ins("with the kernel", "there", hip="6.4")
-    assert backends.for_gpu([GPU]) == "triton"
+    assert backends.default_for("cuda", [GPU]) == "triton"
     assert "ROCm" in backends.available()["cuda"]
 
 
@@ -89,15 +86,15 @@ def test_a_folder_that_passes_for_triton(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "triton", None)  # so that what is imported here is taken out again
     monkeypatch.delitem(sys.modules, "triton")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert backends.triton_missing().startswith("Triton is installed but does not load: ")
+    assert backends.triton.missing().startswith("Triton is installed but does not load: ")
 
 
 @pytest.mark.parametrize("core", CORES)
 def test_nothing_of_gpus_is_looked_at_for_tensors_on_the_cpu(stand_ins, monkeypatch, core):
     """To ask for them is slow, and a process that forks afterwards can use none."""
     stand_ins(core, "there")
-    for name in ("_cuda_devices", "_triton_kernels"):
-        monkeypatch.setattr(backends, name, lambda: pytest.fail("GPUs were looked for"))
+    for module, name in ((backends.cuda, "devices"), (backends.triton, "_kernels")):
+        monkeypatch.setattr(module, name, lambda: pytest.fail("GPUs were looked for"))
     assert backends.kernels(None) == Kernels(CORES[core], cpu=core != "none")
 
 
@@ -147,8 +144,7 @@ class TestAnOptimizer:
     @pytest.mark.parametrize("backend", [None, "reference"])
     def test_with_one_that_moves(self, asked, monkeypatch, backend):
         """It is stepped by plain torch once, and then by the kernels."""
-        monkeypatch.setitem(backends._REASONS, "cpu", lambda: "none, so that all is left to plain torch")
-        monkeypatch.setattr(backends.native, "load", lambda may_build: None)
+        monkeypatch.setattr(native, "load", lambda may_build: None)  # so that all is left to plain torch
         p = parameter()
         made = texp.SGD([p], lr=0.5, backend=backend)
         on_gpu(p)

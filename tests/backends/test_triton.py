@@ -321,8 +321,8 @@ def test_what_no_kernel_can_take_is_refused():
     ],
 )
 def test_when_it_is_available(native, interpret, reason):
-    if backends.triton_missing():
-        pytest.skip(backends.triton_missing())
+    if backends.triton.missing():
+        pytest.skip(backends.triton.missing())
     if native == "1" and backends.core() is None:
         pytest.skip("without the C++ core")
     if torch.cuda.is_available():
@@ -335,10 +335,10 @@ def test_when_it_is_available(native, interpret, reason):
 
 @needs_core
 def test_without_triton(monkeypatch):
-    backends._triton_kernels.cache_clear()
+    backends.triton._kernels.cache_clear()
     try:
-        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(backends.triton.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(RuntimeError, match="backend='triton' was requested, but Triton is not installed"):
             texp.SGD([nn.Parameter(torch.ones(1))], backend="triton")
     finally:
-        backends._triton_kernels.cache_clear()
+        backends.triton._kernels.cache_clear()

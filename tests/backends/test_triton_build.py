@@ -22,7 +22,7 @@ from texp.backends.reference import Entry
 from texp.theory import Row
 
 ROOT = Path(__file__).parents[2]
-MISSING = backends.triton_missing()
+MISSING = backends.triton.missing()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 NVIDIA, AMD = {"sm_80": 80, "sm_90": 90, "sm_100": 100}, {"gfx942": "gfx942"}
@@ -74,7 +74,7 @@ def compile_all(backend: str, arch: int | str, folder: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    launch = backends._import_kernels()
+    launch = backends.triton.import_kernels()
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
     gpu = SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target

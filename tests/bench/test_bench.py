@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,7 +99,8 @@ def test_a_record_is_in_the_csv_when_it_comes(tmp_path):
 
 
 def test_candidates_are_backends_of_the_device(monkeypatch):
-    monkeypatch.setattr(backends, "available", lambda: dict.fromkeys(backends.NAMES, backends.OK))
+    monkeypatch.setattr(backends, "available", lambda: dict.fromkeys(backends.ALL, backends.OK))
+    monkeypatch.setattr(backends.triton, "_kernels", lambda: (SimpleNamespace(INTERPRETED=False), backends.OK))
 
     def of_texp(device: str, parameters: int) -> set[str]:
         names = list(step_time.candidates(device, parameters))
@@ -112,7 +114,7 @@ def test_candidates_are_backends_of_the_device(monkeypatch):
     assert of_texp("cuda", 20_000_000) == {"texp cuda", "texp triton", "texp reference"}
     assert of_texp("cpu", 20_000_001) == {"texp cpu"}
     assert of_texp("cuda", 20_000_001) == {"texp cuda", "texp triton"}
-    monkeypatch.setattr(backends, "available", lambda: dict.fromkeys(backends.NAMES, "a reason"))
+    monkeypatch.setattr(backends, "available", lambda: dict.fromkeys(backends.ALL, "a reason"))
     assert of_texp("cpu", 1) == set()
 
 

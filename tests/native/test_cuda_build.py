@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import texp
 from tests.test_package import ROOT, copy_of_the_sources, environment
@@ -102,9 +103,11 @@ def test_a_core_without_it(tmp_path, changes, reason):
     assert done.stderr == ""
 
 
-def stand_in(core: SimpleNamespace | None) -> SimpleNamespace:
-    """For texp.native, where that core has been loaded."""
-    return SimpleNamespace(load=lambda may_build: core, core=lambda: core, why_missing=lambda variable: "so it was")
+def loaded(monkeypatch, core: SimpleNamespace | None) -> None:
+    """Makes this look as if that core had been loaded."""
+    stand_ins = {"load": lambda may_build: core, "core": lambda: core, "why_missing": lambda variable: "so it was"}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(native, name, stand_in)
 
 
 def devices(count: int, error: str | None = None) -> SimpleNamespace:
@@ -116,9 +119,9 @@ class TestTheReason:
 
     @pytest.fixture(autouse=True)
     def _afresh(self):
-        backends._cuda_devices.cache_clear()
+        backends.cuda.devices.cache_clear()
         yield
-        backends._cuda_devices.cache_clear()
+        backends.cuda.devices.cache_clear()
 
     CASES = {
         "not built": (SimpleNamespace(with_cuda=False), True, "the CUDA kernel was not built: so it was"),
@@ -131,14 +134,14 @@ class TestTheReason:
     @pytest.mark.parametrize("case", CASES)
     def test_of_a_core(self, monkeypatch, case):
         core, torch_has_cuda, message = self.CASES[case]
-        monkeypatch.setattr(backends, "native", stand_in(core))
-        monkeypatch.setattr(backends.torch.backends.cuda, "is_built", lambda: torch_has_cuda)
-        monkeypatch.setattr(backends.torch.version, "hip", "6.4" if case == "ROCm" else None)
+        loaded(monkeypatch, core)
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: torch_has_cuda)
+        monkeypatch.setattr(torch.version, "hip", "6.4" if case == "ROCm" else None)
         with pytest.raises(RuntimeError, match=f"backend='cuda' was requested, but {message}"):
             backends.kernels("cuda")
 
     def test_without_the_core(self, monkeypatch):
-        monkeypatch.setattr(backends, "native", stand_in(None))
+        loaded(monkeypatch, None)
         assert backends.available()["cuda"] == "there is no C++ core: so it was"
 
     @pytest.mark.parametrize("backend", [None, "cpu", "reference"])
@@ -146,8 +149,8 @@ class TestTheReason:
         """To ask CUDA is slow, and forked processes could no longer use it."""
         if backend == "cpu" and backends.core() is None:
             pytest.skip(backends.available()["cpu"])
-        monkeypatch.setitem(backends._REASONS, "cuda", lambda: pytest.fail("CUDA was asked"))
-        texp.SGD([backends.torch.nn.Parameter(backends.torch.ones(3))], lr=0.1, backend=backend)
+        monkeypatch.setattr(backends.cuda, "devices", lambda: pytest.fail("CUDA was asked"))
+        texp.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1, backend=backend)
 
 
 @pytest.mark.nvcc

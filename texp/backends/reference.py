@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from texp.backends.base import OK, Backend
 from texp.backends.memory import PLAIN, that_share_memory
 from texp.theory import Row
 from texp.torch_internals import foreach_add, foreach_add_, foreach_copy_, foreach_mul
@@ -16,6 +17,9 @@ from texp.torch_internals import foreach_add, foreach_add_, foreach_copy_, forea
 # Elements that are worked on at a time: a share of all, so that temporaries are one too, but never fewer than it
 # takes for the arithmetic to cost more than starting it does.
 SHARE, AT_LEAST = 1 / 32, 2**16
+
+# Elements that are added at a time: so few that torch adds them in one thread.
+SUMMED = 2**14
 
 
 class Entry(NamedTuple):
@@ -57,6 +61,36 @@ def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None, sh
     for batch in batches:
         for part in _parts(batch, most):
             _apply(row, part)
+
+
+@torch.no_grad()
+def reduce(entries: Iterable[Entry]) -> Tensor:
+    """Sums over the elements of each tensor, of entries on one device: float64 of shape [n, 2] there, ‖p‖² and ‖g‖².
+
+    Elements are squared and added in float64, in an order that depends on the shape and layout of a tensor alone: the
+    sums have the same bits in every run, whatever the number of threads. A missing gradient counts as 0, a sparse one
+    as the dense one that it stands for; of complex numbers the absolute values are squared. The sum of a DTensor is
+    that over all of its shards, which all processes that hold some must ask for together.
+    """
+    sums = [
+        torch.zeros((), dtype=torch.float64, device=entry.param.device) if x is None else _sum_of_squares(x)
+        for entry in entries
+        for x in entry[:2]
+    ]
+    return torch.stack(sums).view(-1, 2) if sums else torch.zeros(0, 2, dtype=torch.float64)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    if x.layout == torch.sparse_coo:
+        x = x.coalesce().values()
+    if type(x) not in PLAIN:
+        total = x.to(torch.promote_types(x.dtype, torch.float64)).abs().square().sum()
+        return total.full_tensor() if hasattr(total, "full_tensor") else total
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for piece in _split(Entry(x), SUMMED):
+        values = torch.view_as_real(piece.param.resolve_conj()) if x.is_complex() else piece.param
+        total += values.double().square().sum()
+    return total
 
 
 def _is_lazy(x: Tensor) -> bool:
@@ -192,3 +226,19 @@ def _write(destination: list[Tensor], term: _Term | None) -> None:
     else:
         for x, value in zip(destination, values, strict=True):  # a DTensor has no foreach copy
             x.copy_(value)
+
+
+class Reference(Backend):
+    name = "reference"
+
+    def device_types(self) -> tuple[str, ...]:
+        return "cpu", "cuda"
+
+    def reason(self) -> str:
+        return OK
+
+    def kernel(self) -> bool:
+        return False
+
+    def reduce(self, entries: Iterable[Entry]) -> Tensor:
+        return reduce(entries)

@@ -19,9 +19,6 @@ _BYTES = 20
 
 _TINY = 100  # elements: in a step of such tensors, arithmetic and memory take no time worth naming
 
-# Where each backend of texp takes steps.
-_DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
-
 _MOST_FOR_REFERENCE = 20_000_000  # parameters
 
 # So small that a million steps move a parameter by no more than ten times its gradient.
@@ -41,12 +38,14 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
         FUSED: lambda groups: _torch(groups, fused=True),
     }
     for name, reason in backends.available().items():
-        too_slow = name == "reference" and parameters > _MOST_FOR_REFERENCE
-        if reason != backends.OK or device not in _DEVICES[name] or too_slow:
+        backend = backends.ALL[name]
+        if reason != backends.OK or device not in backend.device_types() or not backend.is_default():
+            continue
+        if name == "reference" and parameters > _MOST_FOR_REFERENCE:
             continue
         made[f"texp {name}"] = lambda groups, name=name: _texp(groups, backend=name)
         made[f"texp {name} exponential"] = lambda groups, name=name: _texp(groups, backend=name, scale_invariant=True)
-        if name in backends.ON_DEVICE:
+        if backend.advances:
             made[f"texp {name} capturable"] = lambda groups, name=name: _texp(groups, backend=name, capturable=True)
     return made
 

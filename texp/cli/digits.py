@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy, relu
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from texp.invariance.audit import param_groups
-from texp.optimizer import SGD
 from texp.schedules import TEXP
+from texp.sgd import SGD
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-3
 GAMMA = 0.1  # the LR is divided by ten, at a half and at three quarters of the epochs

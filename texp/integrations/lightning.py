@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWei
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from texp.integrations.wrapped import has_exponential_groups, texp_sgd
-from texp.optimizer import SGD
+from texp.optimizer import FusedOptimizer
 
 # What averages weights, also under the names of callbacks that others have written.
 AVERAGING = (StochasticWeightAveraging, WeightAveraging)
@@ -82,7 +82,7 @@ class FoldCallback(Callback):
         ]
 
     @staticmethod
-    def _exponential(trainer: Trainer) -> list[SGD]:
+    def _exponential(trainer: Trainer) -> list[FusedOptimizer]:
         found = (texp_sgd(optimizer) for optimizer in trainer.optimizers)
         return [optimizer for optimizer in found if optimizer is not None and has_exponential_groups(optimizer)]
 

@@ -1,0 +1,170 @@
+"""texp.SGD: its arguments, and what they mean."""
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+
+from texp import theory
+from texp.optimizer import FusedOptimizer, unwrapped
+from texp.step import buffers, groups
+from texp.torch_internals import disable_dynamo
+
+
+class SGD(FusedOptimizer):
+    r"""SGD with momentum, a drop-in for :class:`torch.optim.SGD`, that can train scale-invariant parameters in
+    the exponential form of Li & Arora (ICLR 2020): without weight decay, with a learning rate that grows at
+    every step, and through exactly the same functions.
+
+    Args:
+        params: parameters, named parameters or groups, as for any torch optimizer.
+        lr: learning rate η; a float, or a tensor of one element. In a scale-invariant group too this is the
+            ordinary LR, so that any torch scheduler works unchanged. Default 1e-3.
+        momentum: γ, default 0.
+        dampening: τ, default 0.
+        weight_decay: λ, an L2 penalty as in torch, default 0.
+        nesterov: Nesterov momentum, default False. Needs momentum > 0 and no dampening.
+        maximize: go up the gradient instead of down, default False.
+        foreach: for the reference backend, whether to batch tensors; None, the default, where it pays.
+        differentiable: let autograd see the step, which is then torch's own. Default False; not for
+            scale-invariant groups.
+        fused: True asks a GradScaler to leave the gradients scaled, as torch's own fused step does: the step unscales
+            them while it reads them, and waits for nothing. It says nothing of kernels, which take one pass in any
+            case. Default None.
+        scale_invariant: the loss must not change when all parameters of the group are multiplied by the same
+            number c > 0. Their weight decay is then traded for a growing LR. Default False; usually set per
+            group, as texp.param_groups does.
+        backend: "reference", "cpu", "cuda" or "triton". None, the default, takes "cpu" for tensors on the CPU and,
+            for tensors on GPUs, "cuda" or else "triton"; what they cannot take is stepped by "reference", in plain
+            torch. One that is named never falls back. With TRITON_INTERPRET=1 in the environment, "triton" takes
+            tensors on the CPU, slowly.
+        capturable: keep P and κ on the GPU, so that a step captured in a graph replays the schedule.
+            Hyperparameters may then be float32 or float64 tensors on the device; others are those of the
+            capture. Take a step before each capture. Needs "cuda" or "triton"; default False. An option of the whole
+            optimizer, not of a group.
+        momentum_dtype: the dtype of momentum buffers, such as float32 for weights in bfloat16, or bfloat16 for
+            weights in float32. None, the default: that to which parameter and gradient are promoted together.
+
+    In a scale-invariant group the parameters hold Pθ, where θ are the weights that torch.optim.SGD would hold,
+    and the momentum buffers (v − κθ)/P; `group["scale"]` is P, kept in [1, 2), `group["scale_exponent"]` counts how
+    often it was halved for that, and `group["carried_decay"]` is κ. :meth:`intrinsic_scales` gives P of any group.
+    The functions computed are the same; :meth:`fold` turns the weights into θ themselves. Any group can become
+    scale-invariant at any step (set ``group["scale_invariant"] = True``), and an ordinary one again by
+    :meth:`fold` and setting it to False.
+
+    ``"norm_stats"`` of a group that is given, or is there already, holds running statistics that grow with the
+    weights: where the input of a BatchNorm grows as P^d, its running mean with power d and its running variance with
+    2·d. Each step multiplies them by the change of P^power. They are (module, "running_mean", power), or (function,
+    power) with a function that returns the tensor, and are found anew at each step, wherever the model has moved; or
+    (tensor, power), which holds until the model replaces it. The optimizer takes them out of the group and keeps
+    them in :attr:`norm_stats`. They are not in state dicts: a run is resumed with groups that have them.
+
+    On GPUs, P and κ are on the device while steps are captured with capturable=True or, with fused=True, may be
+    skipped by a GradScaler, and what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr`
+    and :meth:`state_dict`.
+
+    A step modifies in place: parameters, momentum buffers, norm_stats. It never writes to a gradient. With fused=True
+    a step under a GradScaler unscales the gradients while reading them; where the scaler found an inf or a NaN,
+    nothing at all is changed and :attr:`step_was_skipped` is True.
+
+    The first optimizer for which there is no C++ core yet builds it (texp.native), once for this torch and Python.
+
+    Raises, before anything is changed: ValueError for hyperparameters that are negative (the LR of a step may
+    be), not finite or beyond the range of the arithmetic, and for combinations that torch refuses; RuntimeError
+    for a backend that is not available, for tensors that cannot be written to (expanded, of integers, made in
+    inference mode), for momentum buffers that do not fit, and for sparse gradients with weight decay unless the
+    group is scale-invariant and without momentum.
+
+    Parameters that share memory (views of one tensor, or one that is given twice) are stepped one after the
+    other, by the reference backend.
+    """
+
+    # torch.compile leaves a constructor whole: where it stopped within one, attributes would be lost.
+    @disable_dynamo
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        scale_invariant: bool = False,
+        backend: str | None = None,
+        capturable: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+    ) -> None:
+        # The errors of torch.optim.SGD, in its order and words; NaN and infinity, which it lets pass, are refused.
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        for what, value in (
+            ("learning rate", lr),
+            ("momentum value", momentum),
+            ("weight_decay value", weight_decay),
+        ):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"Invalid {what}: {value}")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        options = {"backend": backend, "capturable": capturable, "momentum_dtype": momentum_dtype}
+        super().__init__(params, {**defaults, "scale_invariant": True} if scale_invariant else defaults, **options)
+
+    @unwrapped
+    def log10_lr(self) -> list[float]:
+        """log10 of the paper's learning rate η̃ of the next step, one float a group (η̃ itself leaves the range
+        of a float in long runs). For an ordinary group, log10 of its LR; −inf where the LR is 0.
+        """
+        self._read_back()
+        return [
+            theory.log10_lr(
+                groups.scale_of(group),
+                groups.hyperparameters(group),
+                first=groups.is_first(group, [buffers.buf_of(self.state, p) for p in group["params"]]),
+            )
+            for group in self.param_groups
+        ]
+
+    @torch.enable_grad()
+    def _differentiable_step(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            if groups.is_exponential(group):
+                raise RuntimeError(f"parameter group {index} is scale_invariant: its step cannot be differentiable")
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            bufs = [buffers.buf_of(self.state, p) for p in params]
+            torch_sgd(
+                params,
+                [p.grad for p in params],
+                bufs,
+                has_sparse_grad=any(p.grad.is_sparse for p in params),
+                foreach=False,
+                fused=False,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+            )
+            if group["momentum"] != 0:
+                for param, buf in zip(params, bufs, strict=True):
+                    self.state[param]["momentum_buffer"] = buf
