@@ -20,7 +20,7 @@ from texp.step.device_state import DeviceScaleState
 from texp.step.fallback import Fallback
 from texp.step.folding import Folded
 from texp.step.norm_stats import NormStat, NormStats
-from texp.torch_internals import disable_dynamo, has_global_step_hooks
+from texp.torch_internals import current_raw_stream, disable_dynamo, has_global_step_hooks
 
 # What belongs to the whole optimizer, beside its groups; pickled with it.
 _OPTIONS = {"_backend": None, "_step_supports_amp_scaling": False, "capturable": False, "momentum_dtype": None}
@@ -97,11 +97,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _find_kernels(self, more_params: Iterable[Tensor] = ()) -> None:
         params = [p for group in self.__dict__.get("param_groups", ()) for p in group["params"]]
         self._gpus = _gpus((*params, *more_params))
-        self._kernels = backends.kernels(self._backend, self._gpus)
+        self._use(backends.kernels(self._backend, self._gpus))
         self._device: DeviceScaleState | None = None  # P and κ, while they are there
         # What graphs know by address; kept when a state dict is loaded.
         self._captured: list[tuple] = self.__dict__.get("_captured", [])
         self._skipped: bool | Tensor = False
+
+    def _use(self, kernels: backends.Kernels) -> None:
+        self._kernels = kernels
+        self._stepper = kernels.core and kernels.core.Stepper(
+            check_scale=groups.check_step, current_stream=current_raw_stream, cpu=kernels.cpu, cuda=kernels.cuda
+        )
 
     @property
     def step_was_skipped(self) -> bool:
@@ -201,17 +207,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_scale = 1.0 if scale is None else float(scale)
         if not 0 < grad_scale < float("inf"):
             raise ValueError(f"grad_scale must be a finite number greater than 0, got {grad_scale}")
-        core, cpu, cuda, _, _ = self._kernels
         if self.defaults["differentiable"]:
             self._differentiable_step()
-        elif core is None or (cuda and torch.cuda.is_current_stream_capturing()):
-            # What the host computes is in a graph for ever: for ordinary groups that is torch's own step.
-            stats = self._norm_stats.found(self.param_groups)
-            gather.step(self.param_groups, stats, self.state, grad_scale, self.momentum_dtype)
-            self._find_kernels_if_moved(p for group in self.param_groups for p in group["params"])
-        else:
-            given = self.param_groups, self._norm_stats, self.state, grad_scale, self.momentum_dtype
-            if core.step(*given, self._check_fallback, cpu, cuda):
+        elif (stepper := self._stepper) is None or (
+            self._kernels.launcher and self._kernels.cuda and torch.cuda.is_current_stream_capturing()
+        ):
+            self._step_in_plain_torch(grad_scale)
+        elif result := stepper.step(
+            self.param_groups, self._norm_stats, self.state, grad_scale, self.momentum_dtype, self._check_fallback
+        ):
+            if result & stepper.CAPTURING:
+                self._step_in_plain_torch(grad_scale)
+            if result & stepper.AVERAGED:
+                groups.warn_of_averaging()
+            if result & stepper.FALLBACK:
                 fallback, self._fallback = self._fallback, None
                 fallback.do()
                 self._find_kernels_if_moved(entry.param for _, entry in fallback.work)
@@ -219,8 +228,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._forget_folded()
         return loss
 
+    def _step_in_plain_torch(self, grad_scale: float) -> None:
+        """Where there is no core, or a graph would hold for ever what the host computes: of ordinary groups that is
+        torch's own step."""
+        stats = self._norm_stats.found(self.param_groups)
+        gather.step(self.param_groups, stats, self.state, grad_scale, self.momentum_dtype)
+        self._find_kernels_if_moved(p for group in self.param_groups for p in group["params"])
+
     def _check_fallback(self, left: list[tuple]) -> None:
-        """What the core cannot take is left to plain torch: which refuses it if need be."""
+        """What the core cannot take is left to plain torch: the step of that is planned, and refused if need be."""
         self._fallback = Fallback(self._backend, self.param_groups, self.state, self.momentum_dtype)
         self._fallback.check(left)
 
@@ -233,58 +249,58 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Takes a step of which the host does not know whether, or when, it is taken, if this is one: it may be
         skipped, or is captured in a graph. Returns whether it did.
         """
-        device_type, launcher = self._kernels.scale_on, self._kernels.launcher
-        capturable = self.capturable
-        capturing = device_type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing and not capturable and self._backend is not None:
+        on = self._kernels.scale_on
+        capturing = on == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and not self.capturable and self._backend is not None:
             raise RuntimeError("a step can be captured with capturable=True; this one would be computed by the host")
-        if not capturable and not (isinstance(found_inf, Tensor) and found_inf.device.type == device_type):
+        if not self.capturable and not (isinstance(found_inf, Tensor) and found_inf.device.type == on):
             return False
-        params = (p for group in self.param_groups for p in group["params"])
-        device = next((p.device for p in params if p.device.type == device_type), None)
-        why = f"no parameter is on a device of type {device_type!r}"
-        if device is not None:
-            if self._device is None or not self._device.is_of(self.param_groups, device):
-                if capturing:
-                    raise RuntimeError("the first step of these groups cannot be captured: take one before it")
-                self._leave_device()
-                if launcher is None:
-                    self._kernels.core.load_cuda_kernels(device.index)
-                self._device = DeviceScaleState(self.param_groups, self.state, device)
-            of = self._device
-            of.restore(self.state)
-            if capturing:
-                self._captured.append((of, launcher))
-            scale, found_inf = (
-                None if x is None else torch.as_tensor(x, dtype=torch.float32, device=device)
-                for x in (scale, found_inf)
-            )
-            kernel = launcher and functools.partial(
-                launcher.step_on_device,
-                started=of.momentum_initialized,
-                grad_scale=scale,
-                found_inf=found_inf,
-                capturing=capturing,
-                capturable=capturable,
-            )
-            why = self._kernels.core.step_on_device(
-                self.param_groups,
-                self._norm_stats,
-                self.state,
-                self.momentum_dtype,
-                of.scales,
-                of.momentum_initialized,
-                of.ticket,
-                scale,
-                found_inf,
-                capturing,
-                kernel,
-            )
+        why = self._ask_device(scale, found_inf, capturing) if self._device is not None else False
+        if why is not None and (why is False or self._device.scales.device != self._first_device(on)):
+            why = self._make_device_state(on, capturing) or self._ask_device(scale, found_inf, capturing)
         if why is None:
             self._skipped = False if found_inf is None else found_inf
-        elif capturable:
+        elif self.capturable:
             raise RuntimeError(f"capturable=True was requested, but {why}")
         return why is None
+
+    def _ask_device(self, scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> str | bool | None:
+        """Takes a step on the device: None; or says why not; False where what is kept there is out of date."""
+        device_state = self._device
+        device_state.capturable = self.capturable
+        device_state.restore(self.state)
+        if capturing:
+            self._captured.append((device_state, self._kernels.launcher))
+        device = device_state.scales.device
+        return self._stepper.step_on_device(
+            self.param_groups,
+            self._norm_stats,
+            self.state,
+            self.momentum_dtype,
+            device_state,
+            None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=device),
+            None if found_inf is None else torch.as_tensor(found_inf, dtype=torch.float32, device=device),
+            capturing,
+        )
+
+    def _first_device(self, device_type: str) -> torch.device | None:
+        params = (p for group in self.param_groups for p in group["params"])
+        return next((p.device for p in params if p.device.type == device_type), None)
+
+    def _make_device_state(self, device_type: str, capturing: bool) -> str | None:
+        """Puts P and κ onto the device, or says why they cannot be there."""
+        device = self._first_device(device_type)
+        if device is None:
+            return f"no parameter is on a device of type {device_type!r}"
+        if capturing:
+            raise RuntimeError("the first step of these groups cannot be captured: take one before it")
+        self._leave_device()
+        for index, group in enumerate(self.param_groups):
+            groups.check_step(index, group)
+        if self._kernels.launcher is None:
+            self._kernels.core.load_cuda_kernels(device.index)
+        self._device = DeviceScaleState(self.param_groups, self.state, device)
+        return None
 
     def _read_back(self) -> None:
         """Brings what the host knows of P and κ up to date, if they are on the device."""
@@ -292,8 +308,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._device.read_back(self.state)
 
     def _leave_device(self) -> None:
-        self._read_back()
-        self._device = None
+        if self._device is not None:
+            self._read_back()
+            self._device = None
 
     step.__signature__ = inspect.signature(_step)
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -381,7 +398,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """P of each group, by which a gradient is to be multiplied to be that at θ; 1.0 for an ordinary group. Where
         P is on a device it is a float64 tensor there, and nothing waits.
         """
-        if self._device is not None and self._device.is_of(self.param_groups, self._device.scales.device):
+        if self._device is not None and self._device.is_of(self.param_groups):
             return list(self._device.scales[:, 0].clone())
         return [groups.scale_of(group).P for group in self.param_groups]
 

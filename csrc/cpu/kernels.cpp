@@ -1,4 +1,4 @@
-// A step on the CPU: all tensors of all groups as one index space, split once over torch's threads.
+// Reduce and apply on the CPU: all tensors of all groups as one index space, split once over torch's threads.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -95,10 +95,10 @@ TEXP_INLINE void span(const Row<T>& row, P* p, const P* g, B* b, int64_t n) {
 }
 
 template <class T, class P, class B>
-TEXP_INLINE void span(const Row<T>& row, const Item& item, int64_t offset, int64_t n) {
-  P* p = static_cast<P*>(item.p) + offset;
-  const P* g = static_cast<const P*>(item.g) + (item.g ? offset : 0);
-  B* b = static_cast<B*>(item.b) + (item.b ? offset : 0);
+TEXP_INLINE void span(const Row<T>& row, const TensorEntry& t, int64_t offset, int64_t n) {
+  P* p = static_cast<P*>(t.p) + offset;
+  const P* g = static_cast<const P*>(t.g) + (t.g ? offset : 0);
+  B* b = static_cast<B*>(t.b) + (t.b ? offset : 0);
   if (g && b && is_heavy_ball(row)) return span<T, P, B, true, true, true>(row, p, g, b, n);
   if (g && b) return span<T, P, B, true, true, false>(row, p, g, b, n);
   if (g) return span<T, P, B, true, false, false>(row, p, g, b, n);
@@ -106,19 +106,19 @@ TEXP_INLINE void span(const Row<T>& row, const Item& item, int64_t offset, int64
   return span<T, P, B, false, false, false>(row, p, g, b, n);
 }
 
-// Of the dtypes that `is_usual` says.
-TEXP_INLINE void span(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
-  const Row<float>& row = rows.narrow[item.row];
-  const bool own = item.b_dtype == item.dtype;
-  switch (item.dtype) {
+// Of dtypes that are usual.
+TEXP_INLINE void span(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
+  const Row<float>& row = rows.narrow[t.row];
+  const bool own = t.dtypes.b() == t.dtypes.p();
+  switch (t.dtypes.p()) {
     case Dtype::float32:
-      return span<float, float, float>(row, item, offset, n);
+      return span<float, float, float>(row, t, offset, n);
     case Dtype::float64:
-      return span<double, double, double>(rows.wide[item.row], item, offset, n);
+      return span<double, double, double>(rows.wide[t.row], t, offset, n);
     case Dtype::bfloat16:
-      return own ? span<float, bf16, bf16>(row, item, offset, n) : span<float, bf16, float>(row, item, offset, n);
+      return own ? span<float, bf16, bf16>(row, t, offset, n) : span<float, bf16, float>(row, t, offset, n);
     case Dtype::float16:
-      return own ? span<float, fp16, fp16>(row, item, offset, n) : span<float, fp16, float>(row, item, offset, n);
+      return own ? span<float, fp16, fp16>(row, t, offset, n) : span<float, fp16, float>(row, t, offset, n);
   }
 }
 
@@ -167,50 +167,45 @@ TEXP_INLINE void narrow(void* tensor, Dtype dtype, int64_t offset, int64_t n, co
   });
 }
 
-using Span = void (*)(const Item&, const Rows&, int64_t, int64_t);
+using Span = void (*)(const TensorEntry&, const Rows&, int64_t, int64_t);
 
 // Of any mix of dtypes: tile by tile by way of T, which `own` takes. Those are small enough to stay in the first cache.
 template <class T, Span own>
-TEXP_INLINE void span_mixed(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
+TEXP_INLINE void span_mixed(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
   alignas(64) T weights[kTile], gradients[kTile], buffers[kTile];
   for (const int64_t end = offset + n; offset < end; offset += kTile) {
     const int64_t count = std::min(kTile, end - offset);
-    const Item tile{
-        .p = widened(item.p, item.dtype, offset, count, weights),
-        .g = widened(const_cast<void*>(item.g), item.g_dtype, offset, count, gradients),
-        .b = widened(item.b, item.b_dtype, offset, count, buffers),
-        .numel = count,
-        .row = item.row,
-        .dtype = kDtype<T>,
-        .g_dtype = kDtype<T>,
-        .b_dtype = kDtype<T>,
-    };
+    TensorEntry tile = t;
+    tile.p = widened(t.p, t.dtypes.p(), offset, count, weights);
+    tile.g = widened(const_cast<void*>(t.g), t.dtypes.g(), offset, count, gradients);
+    tile.b = widened(t.b, t.dtypes.b(), offset, count, buffers);
+    tile.dtypes = Dtypes::of(kDtype<T>, kDtype<T>, kDtype<T>);
     own(tile, rows, 0, count);
-    narrow(item.p, item.dtype, offset, count, weights);
-    narrow(item.b, item.b_dtype, offset, count, buffers);
+    narrow(t.p, t.dtypes.p(), offset, count, weights);
+    narrow(t.b, t.dtypes.b(), offset, count, buffers);
   }
 }
 
 template <Span own>
-TEXP_INLINE void span_mixed(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
-  if (is_wide(item.dtype, item.g_dtype, item.b_dtype)) return span_mixed<double, own>(item, rows, offset, n);
-  span_mixed<float, own>(item, rows, offset, n);
+TEXP_INLINE void span_mixed(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
+  if (t.dtypes.is_wide()) return span_mixed<double, own>(t, rows, offset, n);
+  span_mixed<float, own>(t, rows, offset, n);
 }
 
 // The same code for each instruction set; which one runs is decided once, by what the processor has.
-void span_any(const Item& item, const Rows& rows, int64_t offset, int64_t n) { span(item, rows, offset, n); }
+void span_any(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) { span(t, rows, offset, n); }
 
-void mixed_any(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
-  span_mixed<span_any>(item, rows, offset, n);
+void mixed_any(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
+  span_mixed<span_any>(t, rows, offset, n);
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TEXP_AVX2 __attribute__((target("avx2,fma")))
 
-TEXP_AVX2 void span_avx2(const Item& item, const Rows& rows, int64_t offset, int64_t n) { span(item, rows, offset, n); }
+TEXP_AVX2 void span_avx2(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) { span(t, rows, offset, n); }
 
-TEXP_AVX2 void mixed_avx2(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
-  span_mixed<span_avx2>(item, rows, offset, n);
+TEXP_AVX2 void mixed_avx2(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
+  span_mixed<span_avx2>(t, rows, offset, n);
 }
 
 #if defined(__clang__)  // whose vectors are as wide as this without being asked
@@ -221,12 +216,12 @@ TEXP_AVX2 void mixed_avx2(const Item& item, const Rows& rows, int64_t offset, in
 
 #define TEXP_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma" TEXP_WIDE)))
 
-TEXP_AVX512 void span_avx512(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
-  span(item, rows, offset, n);
+TEXP_AVX512 void span_avx512(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
+  span(t, rows, offset, n);
 }
 
-TEXP_AVX512 void mixed_avx512(const Item& item, const Rows& rows, int64_t offset, int64_t n) {
-  span_mixed<span_avx512>(item, rows, offset, n);
+TEXP_AVX512 void mixed_avx512(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
+  span_mixed<span_avx512>(t, rows, offset, n);
 }
 
 bool has_avx2() {
@@ -259,37 +254,90 @@ const std::vector<Variant>& variants() {
   return found;
 }
 
+// For benchmarks of what the host does around a kernel.
+constexpr Span span_nothing = [](const TensorEntry&, const Rows&, int64_t, int64_t) {};
+const Variant kNothing{"nothing", span_nothing, span_nothing};
+
 const Variant* chosen = &variants().front();
 
 // Fewer elements than this are not worth waking another thread for; torch's own threshold.
 constexpr int64_t kGrain = 32768;
 
+// Sums of squares are made of tiles of so many elements, each in float64 and by so many running sums, whatever runs them.
+constexpr int64_t kSumTile = 4096;
+constexpr int kLanes = 16;
+
+template <class E>
+double sum_of_squares(const E* x, int64_t n) {
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double value = load(x[i + lane]);
+      lanes[lane] += value * value;
+    }
+  for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += static_cast<double>(load(x[i])) * load(x[i]);
+  double sum = 0;
+  for (const double of : lanes) sum += of;
+  return sum;
+}
+
+double sum_of_squares(const void* tensor, Dtype dtype, int64_t offset, int64_t n) {
+  double sum = 0;
+  if (tensor != nullptr)
+    as_elements<double>(const_cast<void*>(tensor), dtype, offset, [&](const auto* x) { sum = sum_of_squares(x, n); });
+  return sum;
+}
+
 }  // namespace
 
-void step_cpu(const std::vector<Item>& items, const Rows& rows) {
-  const auto n = static_cast<int64_t>(items.size());
-  std::vector<int64_t> first(n + 1, 0);
-  int64_t elements = 0;
+void Tiles::make(const TensorEntry* tensors, int64_t n) {
+  first.resize(n + 1);
+  elements = 0;
   for (int64_t i = 0; i < n; ++i) {
-    first[i + 1] = first[i] + tiles_of(items[i].numel, kTile);
-    elements += items[i].numel;
+    first[i + 1] = first[i] + tiles_of(tensors[i].numel, kTile);
+    elements += tensors[i].numel;
   }
+}
+
+void cpu::apply(const TensorEntry* tensors, int64_t n, const Tiles& tiles, const Rows& rows) {
+  const int64_t* first = tiles.first.data();
   const auto run = [&](int64_t tile, int64_t end) {
-    for (int64_t i = tile < end ? tensor_of(tile, first.data(), n) : n; tile < end; ++i) {
+    for (int64_t i = tile < end ? tensor_of(tile, first, n) : n; tile < end; ++i) {
       const int64_t stop = std::min(end, first[i + 1]);
       if (tile == stop) continue;  // an empty tensor
       const int64_t offset = (tile - first[i]) * kTile;
-      const Item& item = items[i];
-      const Span span = is_usual(item.dtype, item.g_dtype, item.b_dtype) ? chosen->usual : chosen->mixed;
-      span(item, rows, offset, std::min(item.numel, (stop - first[i]) * kTile) - offset);
+      const TensorEntry& t = tensors[i];
+      const Span span = t.dtypes.is_usual() ? chosen->usual : chosen->mixed;
+      span(t, rows, offset, std::min(t.numel, (stop - first[i]) * kTile) - offset);
       tile = stop;
     }
   };
-  const int64_t tiles = first[n];
-  if (elements <= kGrain) {
-    run(0, tiles);
+  const int64_t count = first[n];
+  if (tiles.elements <= kGrain) {
+    run(0, count);
   } else {
-    at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (elements / tiles)), run);
+    at::parallel_for(0, count, std::max<int64_t>(1, kGrain / (tiles.elements / count)), run);
+  }
+}
+
+void cpu::reduce(const TensorEntry* tensors, int64_t n, double* sums) {
+  std::vector<int64_t> first(n + 1);
+  for (int64_t i = 0; i < n; ++i) first[i + 1] = first[i] + tiles_of(tensors[i].numel, kSumTile);
+  std::vector<double> parts(2 * first[n]);
+  at::parallel_for(0, first[n], std::max<int64_t>(1, kGrain / kSumTile), [&](int64_t tile, int64_t end) {
+    for (; tile < end; ++tile) {
+      const int64_t i = tensor_of(tile, first.data(), n), offset = (tile - first[i]) * kSumTile;
+      const TensorEntry& t = tensors[i];
+      const int64_t count = std::min(kSumTile, t.numel - offset);
+      parts[2 * tile] = sum_of_squares(t.p, t.dtypes.p(), offset, count);
+      parts[2 * tile + 1] = sum_of_squares(t.g, t.dtypes.g(), offset, count);
+    }
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    sums[2 * i] = sums[2 * i + 1] = 0;
+    for (int64_t tile = first[i]; tile < first[i + 1]; ++tile)
+      for (int k = 0; k < 2; ++k) sums[2 * i + k] += parts[2 * tile + k];
   }
 }
 
@@ -305,6 +353,10 @@ void use_cpu_variant(const std::string& name) {
       chosen = &variant;
       return;
     }
+  }
+  if (name == kNothing.name) {
+    chosen = &kNothing;
+    return;
   }
   throw std::invalid_argument("this processor cannot run the variant " + name);
 }

@@ -1,33 +1,40 @@
-// A step on a CUDA device: every tensor of every group, of any mix of dtypes, in one launch, one block for each tile.
+// The phases of a step that run on a CUDA device: `reduce` sums squares, `advance` computes rows, and `apply` applies
+// rows to tensors of any mix of dtypes, in one launch for all tensors of all groups.
 //
-// The tables of a launch (tensors, rows or groups) travel by value as its argument, so that nothing has to be uploaded,
-// kept alive or looked up by address. Where the scales are on the device, every block computes its row from them, and
-// the last one to have done so advances them: a captured graph replays the schedule without the host.
+// Tables (tensors, rows, groups) travel by value as the argument of a launch, so nothing has to be uploaded or kept
+// alive; what does not fit into one argument takes several launches. In a captured graph `advance` reads and writes the
+// state of the schedule on the device, so the schedule goes on without the host.
 //
-// Bytes: p, g and b are read and p and b written once, 20 bytes for each float32 element; that over the bandwidth of the
-// card is the floor.
+// `apply` is bound by memory: it reads p, g and b and writes p and b once, 20 bytes for each float32 element. Nothing
+// here asks the cache to evict anything first: on an H100 such hints cost 3 %.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstring>
-#include <type_traits>
+#include <utility>
 
 #include "kernels.h"
+#include "../math/scale.h"
 #include "../math/tiles.h"
 
 namespace texp::cuda {
 namespace {
 
-// Arguments of a kernel are at most 32,764 bytes; a launch copies all of them, so small steps have a small table.
-constexpr int kSmall = 4096 - 64, kMost = 32764 - 64;
+constexpr int kThreads = 256;
 
-// Rows or groups, then tensors, then the number of tiles before each tensor and of all.
-template <int kBytes>
-struct alignas(8) Table {
-  Device device;
-  int32_t tensors, tensors_at, first_at;
-  alignas(8) unsigned char bytes[kBytes];
+// Minimum resident blocks per SM: it leaves the compiler 40 registers a thread.
+constexpr int kBlocks = 6;
+
+// Arguments of a kernel are at most 32,764 bytes; a launch copies all of them, so small steps have a small table.
+constexpr int kSmall = 4096, kLarge = 32760;
+
+// The argument of a kernel: the pointers and counts that it needs, then arrays.
+template <class Head, int kBytes>
+struct Table {
+  Head head;
+  alignas(8) unsigned char bytes[kBytes - sizeof(Head)];
 
   template <class T>
   __device__ const T* at(int offset) const {
@@ -35,491 +42,540 @@ struct alignas(8) Table {
   }
 };
 
+// Heads of tables of tensors. The arrays are `count` tensors, the rows that they use (none if those are in device
+// memory), and the number of tiles before each tensor and of all. A block works on one tile.
+struct Apply {
+  const Row<double>* device_rows;
+  const int32_t* skip;
+  int32_t count, tiles_at;
+
+  // Fastest on an H100: 2048 elements were 1 % slower for float32, and 1024 were 2 to 6 % slower for bfloat16.
+  TEXP_INLINE static int64_t tile_of(Dtypes dtypes) { return dtypes.p() == Dtype::float32 ? 1024 : 2048; }
+};
+
+struct Reduce {
+  double* workspace;  // for each tile a sum of p² and a sum of g²
+  double* sums;       // for each tensor likewise
+  int32_t count, tiles_at;
+
+  TEXP_INLINE static int64_t tile_of(Dtypes) { return 8192; }
+};
+
+// The arrays are `count` groups, with ranges of the requests of this table, and these requests.
+struct Advance {
+  DeviceStep step;
+  int64_t first;  // the place of the first request here among all of the step
+  int32_t count;
+  int32_t whole;  // how many of these groups end here: all, or all but the last
+};
+
+// Tells the compiler that a pointer from a table is one to global memory.
+template <class E>
+__device__ E& global(E* p) {
+  __builtin_assume(__isGlobal(p));
+  return *p;
+}
+
 __device__ float widened(float x) { return x; }
 __device__ double widened(double x) { return x; }
 __device__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float widened(__half x) { return __half2float(x); }
 
-__device__ void narrow(float x, float& to) { to = x; }
 __device__ void narrow(double x, double& to) { to = x; }
+__device__ void narrow(float x, float& to) { to = x; }
 __device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 __device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
-__device__ void narrow(double x, float& to) { to = static_cast<float>(x); }
-__device__ void narrow(double x, __nv_bfloat16& to) { to = __float2bfloat16_rn(static_cast<float>(x)); }
-__device__ void narrow(double x, __half& to) { to = __float2half_rn(static_cast<float>(x)); }
-
-// Elements that one thread reads and writes at once: 16 bytes of float32. Of other dtypes fewer bytes, for want of
-// registers: more of these would cost more threads, and so more bytes under way, than wider loads would bring.
-template <class P>
-constexpr int kCount = sizeof(P) == 8 ? 1 : 4;
-
-template <class E, int kElements>
-struct alignas(sizeof(E) * kElements) Vector {
-  E e[kElements];
-};
-
-template <int kBytes>
-struct Word;
-template <>
-struct Word<16> {
-  using Type = uint4;
-};
-template <>
-struct Word<8> {
-  using Type = uint2;
-};
-template <>
-struct Word<4> {
-  using Type = uint32_t;
-};
-template <>
-struct Word<2> {
-  using Type = uint16_t;
-};
-
-// p is what the next forward pass reads; g and b are not read again soon, and make room in the cache first.
-template <class V>
-__device__ V load(const void* from, bool soon) {
-  using W = typename Word<sizeof(V)>::Type;
-  const W* at = static_cast<const W*>(from);
-  const W bits = soon ? *at : __ldcs(at);
-  V v;
-  memcpy(&v, &bits, sizeof v);
-  return v;
-}
-
-template <class V>
-__device__ void store(void* to, const V& v, bool soon) {
-  using W = typename Word<sizeof(V)>::Type;
-  W bits;
-  memcpy(&bits, &v, sizeof v);
-  W* at = static_cast<W*>(to);
-  soon ? void(*at = bits) : __stcs(at, bits);
-}
-
-template <class V>
-__device__ bool aligned(const void* p) {
-  return (reinterpret_cast<uintptr_t>(p) & (sizeof(V) - 1)) == 0;
-}
-
-// Tells the compiler that a pointer from a table is one to global memory.
 template <class E>
-__device__ E* global(E* p) {
-  __builtin_assume(__isGlobal(p));
-  return p;
+__device__ void narrow(double x, E& to) {
+  narrow(static_cast<float>(x), to);
 }
 
-template <class T, class P, class B>
-__device__ void update_tile(const Row<T>& row, const Tensor& t, void* buf, const void* grad, int64_t offset, int n) {
-  constexpr int kCount = cuda::kCount<P>;
-  using Ps = Vector<P, kCount>;
-  using Bs = Vector<B, kCount>;
-  P* p = global(static_cast<P*>(t.p)) + offset;
-  const P* g = grad == nullptr ? nullptr : global(static_cast<const P*>(grad)) + offset;
-  B* b = buf == nullptr ? nullptr : global(static_cast<B*>(buf)) + offset;
+// Calls f with an element of that dtype.
+template <class F>
+__device__ void with_element(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(float{});
+    case Dtype::float64:
+      return f(double{});
+    case Dtype::bfloat16:
+      return f(__nv_bfloat16{});
+    case Dtype::float16:
+      return f(__half{});
+  }
+}
 
-  const int whole = aligned<Ps>(p) && aligned<Ps>(g) && aligned<Bs>(b) ? n / kCount * kCount : 0;
-#pragma unroll 1
-  for (int i = threadIdx.x * kCount; i < whole; i += kThreads * kCount) {
-    Ps ps = load<Ps>(p + i, true), gs{};
-    Bs bs{};
-    if (g != nullptr) gs = load<Ps>(g + i, false);
-    if (b != nullptr) bs = load<Bs>(b + i, false);
+template <class E, int kCount>
+struct alignas(sizeof(E) * kCount) Vector {
+  E e[kCount];
+};
+
+template <class T, class E, int kCount>
+__device__ void widen(const Vector<E, kCount>& from, T (&to)[kCount]) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      T weight = widened(ps.e[k]), buffer = widened(bs.e[k]);
-      update<T>(row, weight, widened(gs.e[k]), buffer);
-      narrow(weight, ps.e[k]);
-      narrow(buffer, bs.e[k]);
-    }
-    store(p + i, ps, true);
-    if (b != nullptr) store(b + i, bs, false);
-  }
-#pragma unroll 1
-  for (int i = whole + threadIdx.x; i < n; i += kThreads) {
-    T weight = widened(p[i]), buffer = b == nullptr ? T(0) : widened(b[i]);
-    update<T>(row, weight, g == nullptr ? T(0) : widened(g[i]), buffer);
-    narrow(weight, p[i]);
-    if (b != nullptr) narrow(buffer, b[i]);
-  }
+  for (int k = 0; k < kCount; ++k) to[k] = widened(from.e[k]);
 }
 
-__device__ int size_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
+// A tensor from some element on, whose dtype E is known to the compiler. Where there is none, it reads as 0.
+template <class E>
+struct Known {
+  E* at;
 
-// kCount elements of one tensor, of a dtype that is known when the kernel runs: as they lie in memory, and as T.
-template <class T, int kCount>
+  __device__ Known(const void* tensor, Dtype, int64_t offset)
+      : at(tensor == nullptr ? nullptr : static_cast<E*>(const_cast<void*>(tensor)) + offset) {}
+
+  __device__ uintptr_t misaligned(int count) const { return reinterpret_cast<uintptr_t>(at) & (count * sizeof(E) - 1); }
+
+  template <int kCount>
+  __device__ Vector<E, kCount> load(int i) const {
+    using V = Vector<E, kCount>;
+    return at == nullptr ? V{} : global(reinterpret_cast<const V*>(at + i));
+  }
+
+  template <class T, int kCount>
+  __device__ void store(int i, const T (&from)[kCount]) const {
+    Vector<E, kCount> v;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) narrow(from[k], v.e[k]);
+    if (at != nullptr) global(reinterpret_cast<Vector<E, kCount>*>(at + i)) = v;
+  }
+};
+
+// The same where the dtype is known only to the running kernel; no element is wider than T.
+template <class T>
 struct Mixed {
-  char* at;  // null: none
-  Dtype dtype;
+  static constexpr Dtype kNone{4};
 
-  struct Bits {  // of which narrower elements fill the first words
-    uint32_t words[kCount * sizeof(T) / 4];
-  };
+  char* at;
+  Dtype dtype;  // kNone where there is no tensor, so that at is tested only once
+
+  __device__ static int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
   __device__ Mixed(const void* tensor, Dtype dtype, int64_t offset)
-      : at(tensor == nullptr ? nullptr : static_cast<char*>(const_cast<void*>(tensor)) + offset * size_of(dtype)),
-        dtype(dtype) {}
+      : at(static_cast<char*>(const_cast<void*>(tensor)) + offset * size_of(dtype)),
+        dtype(tensor == nullptr ? kNone : dtype) {}
 
-  __device__ bool is_aligned() const {
-    return (reinterpret_cast<uintptr_t>(at) & (kCount * size_of(dtype) - 1)) == 0;
+  __device__ uintptr_t misaligned(int count) const {
+    return dtype == kNone ? 0 : reinterpret_cast<uintptr_t>(at) & (count * size_of(dtype) - 1);
   }
 
-  // All that is loaded is asked for before any of it is converted, and only the number of bytes matters yet.
-  __device__ Bits load(int i, bool soon) const {
-    Bits bits;
-    const int size = size_of(dtype);
-    const char* from = at + i * size;
-    if (at == nullptr) {
-      bits = {};
-    } else if (size == 2) {
-      copy<2>(bits, from, soon);
-    } else if (sizeof(T) == 4 || size == 4) {
-      copy<4>(bits, from, soon);
-    } else {
-      copy<8>(bits, from, soon);
-    }
-    return bits;
+  template <int kCount>
+  __device__ Vector<T, kCount> load(int i) const {
+    Vector<T, kCount> to{};
+    with_vector<kCount>(i, [&](const auto& v) { widen(v, to.e); });
+    return to;
   }
 
-  __device__ void widen(const Bits& bits, T (&to)[kCount]) const {
-    switch (dtype) {
-      case Dtype::float32:
-        return widen<float>(bits, to);
-      case Dtype::float64:
-        return widen<double>(bits, to);
-      case Dtype::bfloat16:
-        return widen<__nv_bfloat16>(bits, to);
-      case Dtype::float16:
-        return widen<__half>(bits, to);
-    }
-  }
-
-  __device__ void store(int i, const T (&from)[kCount], bool soon) const {
-    switch (dtype) {
-      case Dtype::float32:
-        return store<float>(i, from, soon);
-      case Dtype::float64:
-        return store<double>(i, from, soon);
-      case Dtype::bfloat16:
-        return store<__nv_bfloat16>(i, from, soon);
-      case Dtype::float16:
-        return store<__half>(i, from, soon);
-    }
+  template <int kCount>
+  __device__ void store(int i, const T (&from)[kCount]) const {
+    with_vector<kCount>(i, [&](auto& v) {
+      auto to = v;
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) narrow(from[k], to.e[k]);
+      v = to;
+    });
   }
 
  private:
-  template <int kBytes>
-  __device__ static void copy(Bits& bits, const char* from, bool soon) {
-    if constexpr (kBytes <= sizeof(T)) {
-      using W = typename Word<kBytes * kCount>::Type;
-      const W* word = global(reinterpret_cast<const W*>(from));
-      const W loaded = soon ? *word : __ldcs(word);
-      memcpy(&bits, &loaded, sizeof loaded);
-    }
-  }
-
-  template <class E>
-  __device__ static void widen(const Bits& bits, T (&to)[kCount]) {
-    if constexpr (sizeof(E) <= sizeof(T)) {
-      E e[kCount];
-      memcpy(&e, &bits, sizeof e);
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) to[k] = widened(e[k]);
-    }
-  }
-
-  template <class E>
-  __device__ void store(int i, const T (&from)[kCount], bool soon) const {
-    if constexpr (sizeof(E) <= sizeof(T)) {
-      Vector<E, kCount> v;
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) narrow(from[k], v.e[k]);
-      cuda::store(global(at + i * sizeof(E)), v, soon);
-    }
+  template <int kCount, class F>
+  __device__ void with_vector(int i, const F& f) const {
+    with_element(dtype, [&](auto e) {
+      using E = decltype(e);
+      if constexpr (sizeof(E) <= sizeof(T)) f(global(reinterpret_cast<Vector<E, kCount>*>(at + i * sizeof(E))));
+    });
   }
 };
 
-// Any mix of dtypes by way of T: which they are is the same for all of a block.
-template <class T, int kCount>
-__device__ void update_mixed(const Row<T>& row, const Mixed<T, kCount>& p, const Mixed<T, kCount>& g,
-                             const Mixed<T, kCount>& b, int begin, int end) {
+template <int kCount, class T, class P, class G, class B>
+__device__ void update_elements(const Row<T>& row, const P& p, const G& g, const B& b, int begin, int end) {
 #pragma unroll 1
   for (int i = begin + threadIdx.x * kCount; i < end; i += kThreads * kCount) {
-    const auto p_bits = p.load(i, true), g_bits = g.load(i, false), b_bits = b.load(i, false);
+    const auto p_loaded = p.template load<kCount>(i);
+    const auto g_loaded = g.template load<kCount>(i);
+    const auto b_loaded = b.template load<kCount>(i);
     T weights[kCount], gradients[kCount], buffers[kCount];
-    p.widen(p_bits, weights);
-    g.widen(g_bits, gradients);
-    b.widen(b_bits, buffers);
+    widen(p_loaded, weights);
+    widen(g_loaded, gradients);
+    widen(b_loaded, buffers);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) update<T>(row, weights[k], gradients[k], buffers[k]);
-    p.store(i, weights, true);
-    if (b.at != nullptr) b.store(i, buffers, false);
+    p.store(i, weights);
+    b.store(i, buffers);
   }
 }
 
-template <class T>
-__device__ void update_mixed_tile(const Row<T>& row, const Tensor& t, void* buf, const void* grad, int64_t offset,
-                                  int n) {
-  constexpr int kCount = cuda::kCount<T>;
-  using One = Mixed<T, 1>;
-  const One p(t.p, t.dtype(), offset), g(grad, t.g_dtype(), offset), b(buf, t.b_dtype(), offset);
-  int whole = 0;
-  if constexpr (kCount > 1) {
-    using Some = Mixed<T, kCount>;
-    const Some ps(p.at, p.dtype, 0), gs(g.at, g.dtype, 0), bs(b.at, b.dtype, 0);
-    if (ps.is_aligned() && gs.is_aligned() && bs.is_aligned()) whole = n / kCount * kCount;
-    update_mixed(row, ps, gs, bs, 0, whole);
+// kCount: how many elements a thread loads at once, if all are aligned to that.
+template <int kCount, class P, class G, class B, class T>
+__device__ void update_tile(const Row<T>& row, const TensorEntry& t, int64_t offset, int n) {
+  const P p(t.p, t.dtypes.p(), offset);
+  const G g(t.g, t.dtypes.g(), offset);
+  const B b(t.b, t.dtypes.b(), offset);
+  const bool aligned = (p.misaligned(kCount) | g.misaligned(kCount) | b.misaligned(kCount)) == 0;
+  const int whole = kCount == 1 ? 0 : aligned ? n / kCount * kCount : 0;
+  if constexpr (kCount > 1) update_elements<kCount>(row, p, g, b, 0, whole);
+  update_elements<1>(row, p, g, b, whole, n);
+}
+
+// For programmatic dependent launch: apply waits here until advance has done all of its work.
+__device__ void wait_for_advance() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// From here on, apply may be launched.
+__device__ void let_apply_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// The tensor of a tile, where in it the tile begins, and how many elements it has.
+struct Place {
+  int32_t tensor;
+  int64_t offset;
+  int n;
+};
+
+template <class Head, int kBytes>
+__device__ Place place_of(const Table<Head, kBytes>& table, int32_t tile) {
+  const int32_t* tiles = table.template at<int32_t>(table.head.tiles_at);
+  const int32_t i = tensor_of(tile, tiles, table.head.count);
+  const TensorEntry& t = table.template at<TensorEntry>(0)[i];
+  const int64_t size = Head::tile_of(t.dtypes), offset = (tile - tiles[i]) * size;
+  return {i, offset, static_cast<int>(t.numel - offset < size ? t.numel - offset : size)};
+}
+
+// kMixed: for any dtypes, and launched if Dtypes::is_usual is false for any tensor. A kernel of its own, so that the
+// usual one does not carry its instructions.
+template <bool kMixed, int kBytes>
+__global__ void __launch_bounds__(kThreads, kBlocks) apply_kernel(const __grid_constant__ Table<Apply, kBytes> table) {
+  __shared__ Row<double> wide;
+  __shared__ Row<float> narrow;
+  const Apply& head = table.head;
+  const Place place = place_of(table, blockIdx.x);
+  const TensorEntry& t = table.template at<TensorEntry>(0)[place.tensor];
+  const bool has_number = threadIdx.x < 10;  // of the row
+  double number = 0;
+  int32_t skip = 0;
+  if (head.device_rows != nullptr) {
+    wait_for_advance();
+    if (has_number) number = global(&head.device_rows[t.row].a_b + threadIdx.x);
+    skip = global(head.skip);
+  } else if (has_number) {
+    const auto* rows = table.template at<Row<double>>(head.count * int{sizeof(TensorEntry)});
+    number = (&rows[t.row].a_b)[threadIdx.x];
   }
-  update_mixed(row, p, g, b, whole, n);
+  if (skip != 0) return;
+  if (has_number) {
+    (&wide.a_b)[threadIdx.x] = number;
+    (&narrow.a_b)[threadIdx.x] = static_cast<float>(number);
+  }
+  __syncthreads();
+
+  if constexpr (kMixed) {
+    t.dtypes.is_wide()
+        ? update_tile<1, Mixed<double>, Mixed<double>, Mixed<double>>(wide, t, place.offset, place.n)
+        : update_tile<2, Mixed<float>, Mixed<float>, Mixed<float>>(narrow, t, place.offset, place.n);
+  } else {
+    with_element(t.dtypes.p(), [&](auto e) {
+      using P = Known<decltype(e)>;
+      // 16 bytes of float32. Of other dtypes fewer: wider loads would take more registers, and were no faster.
+      if constexpr (sizeof(e) == 8) {
+        update_tile<1, P, P, P>(wide, t, place.offset, place.n);
+      } else if (sizeof(e) == 4 || t.dtypes.b() == t.dtypes.p()) {
+        update_tile<4, P, P, P>(narrow, t, place.offset, place.n);
+      } else {
+        update_tile<4, P, P, Known<float>>(narrow, t, place.offset, place.n);
+      }
+    });
+  }
 }
 
 __device__ double read(const Number& number, Number::In in) {
   switch (in) {
     case Number::In::float32:
-      return *global(static_cast<const float*>(number.at));
+      return global(static_cast<const float*>(number.at));
     case Number::In::float64:
-      return *global(static_cast<const double*>(number.at));
+      return global(static_cast<const double*>(number.at));
     default:
       return number.value;
   }
 }
 
-__device__ bool has_momentum(const Group& group) { return read(group.momentum, group.in[1]) != 0; }
+// One block for each group.
+template <int kBytes>
+__global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant__ Table<Advance, kBytes> table) {
+  __shared__ Row<double> running, first, idle;
+  __shared__ double growth;
+  __shared__ bool has_momentum;
+  let_apply_begin();
+  const DeviceStep& step = table.head.step;
+  const bool skipped = step.found_inf != nullptr && global(step.found_inf) != 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) global(step.skip) = skipped;
+  if (skipped) return;
 
-__device__ Step step_of(const Group& group, const float* grad_scale) {
-  const State& s = *global(group.state);
-  const Hyperparameters h{read(group.lr, group.in[0]),        read(group.momentum, group.in[1]),
-                          read(group.dampening, group.in[2]), read(group.weight_decay, group.in[3]),
-                          group.nesterov,                     group.maximize,
-                          group.scale_invariant};
-  const double unscaled = grad_scale == nullptr ? 1.0 : *global(grad_scale);
-  return advance({s.P, s.exponent, s.kappa}, h, group.unbuffered || s.started == 0, unscaled);
-}
-
-// What a block works with.
-struct Shared {
-  Row<double> wide;
-  Row<float> narrow;
-  bool without_buffer;  // the tensor has none yet, although there is memory for it
-  bool last;            // all blocks have read the scales
-};
-
-__device__ void find_row(Shared& shared, const Group& group, const Tensor& t, const Device& device) {
-  const Step step = step_of(group, device.grad_scale);
-  if (t.kind == Kind::statistic) {
-    shared.wide = {};
-    shared.wide.s_p = power_of(step.growth, t.power);
-    return;
-  }
-  const bool started = !(t.bits & Tensor::kBuffered) || (!(t.bits & Tensor::kFresh) && *global(device.started + t.slot) != 0);
-  shared.wide = t.kind == Kind::idle ? step.idle : started ? step.running : step.first;
-  shared.without_buffer = t.kind == Kind::idle && !started;
-}
-
-__device__ void update_usual_tile(const Shared& shared, const Tensor& t, void* b, const void* g, int64_t offset,
-                                  int n) {
-  const bool own = t.dtype() == t.b_dtype();
-  switch (t.dtype()) {
-    case Dtype::float32:
-      return update_tile<float, float, float>(shared.narrow, t, b, g, offset, n);
-    case Dtype::float64:
-      return update_tile<double, double, double>(shared.wide, t, b, g, offset, n);
-    case Dtype::bfloat16:
-      return own ? update_tile<float, __nv_bfloat16, __nv_bfloat16>(shared.narrow, t, b, g, offset, n)
-                 : update_tile<float, __nv_bfloat16, float>(shared.narrow, t, b, g, offset, n);
-    case Dtype::float16:
-      return own ? update_tile<float, __half, __half>(shared.narrow, t, b, g, offset, n)
-                 : update_tile<float, __half, float>(shared.narrow, t, b, g, offset, n);
-  }
-}
-
-// Blocks on a multiprocessor that registers must allow for: 40 of them a thread, or 64, which it takes to compute a row
-// in float64; for mixed dtypes one block less, with 48 or 80. Each has more than enough bytes under way for the memory
-// of the largest cards.
-template <bool kOnDevice, bool kMixed>
-constexpr int kBlocks = (kOnDevice ? 4 : 6) - kMixed;
-
-// kMixed: for any dtypes, and launched where those of some tensor are others than `is_usual` says. A kernel of its own,
-// so that the usual one carries neither its instructions nor its registers.
-template <bool kOnDevice, bool kMixed, int kBytes>
-__global__ void __launch_bounds__(kThreads, kBlocks<kOnDevice, kMixed>)
-    step_kernel(const __grid_constant__ Table<kBytes> table) {
-  const Device& device = table.device;
-  if (kOnDevice && device.found_inf != nullptr && *global(device.found_inf) != 0) return;
-  __shared__ Shared shared;
-  const int32_t* first = table.template at<int32_t>(table.first_at);
-  const bool has_tile = static_cast<int32_t>(blockIdx.x) < first[table.tensors];  // a launch has a block in any case
-  const int32_t index = has_tile ? tensor_of<int32_t>(blockIdx.x, first, table.tensors) : 0;
-  const Tensor& t = table.template at<Tensor>(table.tensors_at)[index];
-  if constexpr (kOnDevice) {
-    if (threadIdx.x == 0) {
-      shared.without_buffer = false;
-      if (has_tile) find_row(shared, table.template at<Group>(0)[t.source], t, device);
-      __threadfence();
-      shared.last = atomicInc(device.ticket, gridDim.x - 1) == gridDim.x - 1;
-      if (shared.last) __threadfence();
-    }
-    __syncthreads();
-    if (threadIdx.x < 10)
-      (&shared.narrow.a_b)[threadIdx.x] = static_cast<float>((&shared.wide.a_b)[threadIdx.x]);
-  } else if (threadIdx.x < 10) {
-    const double x = (&table.template at<Row<double>>(0)[t.source].a_b)[threadIdx.x];
-    (&shared.wide.a_b)[threadIdx.x] = x;
-    (&shared.narrow.a_b)[threadIdx.x] = static_cast<float>(x);
+  const GroupEntry& group = table.template at<GroupEntry>(0)[blockIdx.x];
+  if (threadIdx.x == 0) {
+    DeviceScale& scale = global(group.scale);
+    const Hyperparameters h{read(group.lr, group.in[0]),        read(group.momentum, group.in[1]),
+                            read(group.dampening, group.in[2]), read(group.weight_decay, group.in[3]),
+                            group.nesterov,                     group.maximize,
+                            group.scale_invariant};
+    const bool momentum_initialized = !group.without_buffers && scale.momentum_initialized != 0;
+    const double grad_scale = step.grad_scale == nullptr ? 1.0 : global(step.grad_scale);
+    const Step next = advance({scale.P, scale.exponent, scale.kappa}, h, !momentum_initialized, grad_scale);
+    running = next.running;
+    first = next.first;
+    idle = next.idle;
+    growth = next.growth;
+    has_momentum = h.momentum != 0;
+    // If not, the next launch computes the same step for the rest of its requests.
+    if (static_cast<int32_t>(blockIdx.x) < table.head.whole)
+      scale = {next.scale.P, next.scale.kappa, next.scale.exponent, momentum_initialized || has_momentum};
   }
   __syncthreads();
 
-  if (has_tile) {
-    const int64_t offset = static_cast<int64_t>(blockIdx.x - first[index]) * kTile;
-    const int n = static_cast<int>(t.numel - offset < kTile ? t.numel - offset : kTile);
-    const void* g = t.kind == Kind::statistic ? nullptr : t.g;
-    void* b = kOnDevice && shared.without_buffer ? nullptr : t.b;
-    if constexpr (kMixed) {
-      is_wide(t.dtype(), t.g_dtype(), t.b_dtype()) ? update_mixed_tile<double>(shared.wide, t, b, g, offset, n)
-                                                   : update_mixed_tile<float>(shared.narrow, t, b, g, offset, n);
+  const RowRequest* requests = table.template at<RowRequest>(table.head.count * int{sizeof(GroupEntry)});
+  for (int i = group.begin + static_cast<int>(threadIdx.x); i < group.end; i += kThreads) {
+    const RowRequest& request = requests[i];
+    Row<double>& row = global(step.rows + table.head.first + i);
+    if (request.kind == RowKind::statistic) {
+      row = {};
+      row.s_p = power_of(growth, request.power);
+      continue;
+    }
+    uint8_t* slot = step.momentum_initialized + request.slot;
+    const bool empty = request.has_buffer && (request.newly_allocated || global(slot) == 0);
+    if (request.kind == RowKind::idle) {
+      row = idle;
+      if (empty) row.a_p = 0;  // its buffer is 0 and stays 0
     } else {
-      update_usual_tile(shared, t, b, g, offset, n);
-    }
-  }
-
-  if constexpr (kOnDevice) {
-    if (!shared.last) return;
-    const Group* groups = table.template at<Group>(0);
-    const int count = table.tensors_at / static_cast<int>(sizeof(Group));
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      if (!groups[i].ends) continue;
-      const Step step = step_of(groups[i], device.grad_scale);
-      State& state = *global(groups[i].state);
-      const bool started = !groups[i].unbuffered && state.started != 0;
-      state = {step.scale.P, step.scale.kappa, step.scale.exponent, started || has_momentum(groups[i])};
-    }
-    const Tensor* tensors = table.template at<Tensor>(table.tensors_at);
-    for (int i = threadIdx.x; i < table.tensors; i += kThreads) {
-      const Tensor& other = tensors[i];
-      if (other.kind == Kind::stepping && (other.bits & Tensor::kBuffered) && has_momentum(groups[other.source]))
-        global(device.started)[other.slot] = 1;
+      row = has_momentum && empty ? first : running;
+      if (has_momentum && request.has_buffer) global(slot) = 1;
     }
   }
 }
 
-// The tensors [begin, end) of one launch, as many as its table holds.
-struct Extent {
-  int64_t begin, end, tiles;
-  int sources, bytes;
-  bool is_mixed;  // whether one of them has other dtypes than `is_usual` says
-
-  int tensors() const { return static_cast<int>(end - begin); }
-};
-
-// Whether tensor i has another row, or group, than the one before it in the same launch.
-bool new_source(const Tensor* tensors, int64_t i, int64_t begin) {
-  return i == begin || tensors[i].source != tensors[i - 1].source;
+// The sum over all threads, for the first one, in a fixed order: 16 threads add 16 numbers each, then one adds theirs.
+__device__ double sum_of_block(double x) {
+  __shared__ double of[kThreads];
+  constexpr unsigned kPart = 16;
+  of[threadIdx.x] = x;
+  __syncthreads();
+  if (threadIdx.x < kPart) {
+    for (unsigned i = threadIdx.x + kPart; i < kThreads; i += kPart) x += of[i];
+    of[threadIdx.x] = x;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (unsigned i = 1; i < kPart; ++i) x += of[i];
+  return x;
 }
 
-Extent extent_from(const Tensor* tensors, int64_t begin, int64_t n, int source_size) {
-  Extent extent{begin, begin, 0, 0, int{sizeof(int32_t)}, false};
-  for (int64_t i = begin; i < n; ++i) {
-    const bool is_new = new_source(tensors, i, begin);
-    const int bytes = extent.bytes + int{sizeof(Tensor) + sizeof(int32_t)} + is_new * source_size;
-    const int64_t tiles = extent.tiles + tiles_of(tensors[i].numel, kTile);
-    if (i > begin && (bytes > kMost || tiles >= INT32_MAX)) break;
-    const bool is_mixed = extent.is_mixed || !is_usual(tensors[i].dtype(), tensors[i].g_dtype(), tensors[i].b_dtype());
-    extent = {begin, i + 1, tiles, extent.sources + is_new, bytes, is_mixed};
-  }
-  return extent;
+// Two blocks for each tile: one for p, one for g.
+template <int kBytes>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    square_kernel(const __grid_constant__ Table<Reduce, kBytes> table) {
+  const bool of_g = blockIdx.x % 2;
+  const Place place = place_of(table, blockIdx.x / 2);
+  const TensorEntry& t = table.template at<TensorEntry>(0)[place.tensor];
+  const Dtype dtype = of_g ? t.dtypes.g() : t.dtypes.p();
+  double sum = 0;
+  with_element(dtype, [&](auto e) {
+    using E = decltype(e);
+    constexpr int kCount = 16 / sizeof(E);
+    const auto add = [&](const auto& v) {
+      for (const E x : v.e) sum = fused(double(widened(x)), double(widened(x)), sum);
+    };
+    const Known<E> x(of_g ? t.g : t.p, dtype, place.offset);
+    if (x.at == nullptr) return;
+    const int whole = x.misaligned(kCount) == 0 ? place.n / kCount * kCount : 0;
+#pragma unroll 4
+    for (int i = threadIdx.x * kCount; i < whole; i += kThreads * kCount) add(x.template load<kCount>(i));
+    for (int i = whole + static_cast<int>(threadIdx.x); i < place.n; i += kThreads) add(x.template load<1>(i));
+  });
+  sum = sum_of_block(sum);
+  if (threadIdx.x == 0) global(table.head.workspace + blockIdx.x) = sum;
 }
 
-template <int kBytes, class Source>
-cudaError_t launch(cudaStream_t stream, const Tensor* tensors, int64_t n, const Source* sources, const Device& device,
-                   const Extent& extent) {
-  constexpr bool kOnDevice = std::is_same_v<Source, Group>;
-  Table<kBytes> table;
-  table.device = device;
-  table.tensors = extent.tensors();
-  table.tensors_at = extent.sources * int{sizeof(Source)};
-  table.first_at = table.tensors_at + table.tensors * int{sizeof(Tensor)};
-  auto* source = reinterpret_cast<Source*>(table.bytes) - 1;
-  auto* to = reinterpret_cast<Tensor*>(table.bytes + table.tensors_at);
-  auto* first = reinterpret_cast<int32_t*>(table.bytes + table.first_at);
-  int64_t tiles = 0;
-  for (int64_t i = extent.begin; i < extent.end; ++i) {
-    if (new_source(tensors, i, extent.begin)) *++source = sources[tensors[i].source];
-    if constexpr (kOnDevice) source->ends = i + 1 == n || tensors[i + 1].source != tensors[i].source;
-    *to = tensors[i];
-    to++->source = static_cast<uint16_t>(source - reinterpret_cast<Source*>(table.bytes));
-    *first++ = static_cast<int32_t>(tiles);
-    tiles += tiles_of(tensors[i].numel, kTile);
+// Two blocks for each tensor, likewise.
+template <int kBytes>
+__global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const __grid_constant__ Table<Reduce, kBytes> table) {
+  const int32_t* tiles = table.template at<int32_t>(table.head.tiles_at) + blockIdx.x / 2;
+  double sum = 0;
+  for (int32_t tile = tiles[0] + static_cast<int32_t>(threadIdx.x); tile < tiles[1]; tile += kThreads)
+    sum += global(table.head.workspace + 2 * tile + blockIdx.x % 2);
+  sum = sum_of_block(sum);
+  if (threadIdx.x == 0) global(table.head.sums + blockIdx.x) = sum;
+}
+
+bool dependent_launch = false;
+
+// Launches the kernel for the smaller table if the arrays, of that many bytes, fit into it: both tables begin alike.
+template <class Head>
+cudaError_t launch(void (*small)(Table<Head, kSmall>), void (*large)(Table<Head, kLarge>), int64_t blocks,
+                   Table<Head, kLarge>& table, size_t bytes, void* stream, bool after_advance = false) {
+  if (blocks == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
+  const auto launch_one = [&](auto* kernel, auto& argument) {
+    if (dependent_launch && after_advance) {
+      cudaLaunchAttribute overlap{};
+      overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      overlap.val.programmaticStreamSerializationAllowed = 1;
+      const cudaLaunchConfig_t config{grid, block, 0, static_cast<cudaStream_t>(stream), &overlap, 1};
+      cudaLaunchKernelEx(&config, kernel, argument);
+    } else {
+      void* arguments[] = {&argument};
+      cudaLaunchKernel(kernel, grid, block, arguments, 0, static_cast<cudaStream_t>(stream));
+    }
+  };
+  if (bytes <= sizeof(Table<Head, kSmall>::bytes)) {
+    launch_one(small, reinterpret_cast<Table<Head, kSmall>&>(table));
+  } else {
+    launch_one(large, table);
   }
-  *first = static_cast<int32_t>(tiles);
-  const auto blocks = static_cast<unsigned>(tiles > 0 ? tiles : 1);
-  void* arguments[] = {&table};
-  const auto kernel = extent.is_mixed ? step_kernel<kOnDevice, true, kBytes> : step_kernel<kOnDevice, false, kBytes>;
-  cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
   return cudaGetLastError();  // and leaves none for the next launch of somebody else
 }
 
-template <class Source>
-cudaError_t launch_all(cudaStream_t stream, const Tensor* tensors, int64_t n, const Source* sources,
-                       const Device& device) {
+struct Filled {
+  int64_t tiles;
+  size_t bytes;
+  bool mixed;  // whether Dtypes::is_usual is false for any tensor
+};
+
+// Fills the table with as many tensors as it holds, and with their rows if `rows` is not null, and calls `use`, until
+// all tensors have had their turn.
+template <class Head, class Use>
+cudaError_t for_all(const TensorEntry* tensors, int64_t n, const Row<double>* rows, Table<Head, kLarge>& table,
+                    const Use& use) {
+  constexpr size_t capacity = sizeof table.bytes, each = sizeof(TensorEntry) + sizeof(int32_t);
+  Row<double> used[capacity / sizeof(Row<double>)];
+  int32_t tiles[capacity / each + 1];
+  auto* const to = reinterpret_cast<TensorEntry*>(table.bytes);
   for (int64_t i = 0; i < n;) {
-    const Extent extent = extent_from(tensors, i, n, sizeof(Source));
-    const cudaError_t error = extent.bytes <= kSmall ? launch<kSmall>(stream, tensors, n, sources, device, extent)
-                                                     : launch<kMost>(stream, tensors, n, sources, device, extent);
-    if (error != cudaSuccess) return error;
-    i = extent.end;
+    int32_t count = 0, n_rows = 0;
+    Filled filled{0, sizeof(int32_t), false};
+    for (; i < n; ++i) {
+      const bool new_row = rows != nullptr && (count == 0 || tensors[i].row != tensors[i - 1].row);
+      const size_t bytes = filled.bytes + each + new_row * sizeof(Row<double>);
+      if (bytes > capacity) break;
+      if (new_row) used[n_rows++] = rows[tensors[i].row];
+      to[count] = tensors[i];
+      if (rows != nullptr) to[count].row = n_rows - 1;
+      tiles[count++] = static_cast<int32_t>(filled.tiles);
+      filled = {filled.tiles + tiles_of(tensors[i].numel, Head::tile_of(tensors[i].dtypes)), bytes,
+                filled.mixed || !tensors[i].dtypes.is_usual()};
+    }
+    tiles[count] = static_cast<int32_t>(filled.tiles);  // a tile has at least 2 KB: no memory has 2^31 of them
+    table.head.count = count;
+    table.head.tiles_at = static_cast<int32_t>(count * sizeof(TensorEntry) + n_rows * sizeof(Row<double>));
+    memcpy(to + count, used, n_rows * sizeof(Row<double>));
+    memcpy(table.bytes + table.head.tiles_at, tiles, (count + 1) * sizeof(int32_t));
+    if (const cudaError_t error = use(filled); error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
-// Makes a device the current one, for a while.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(int index) : error(cudaGetDevice(&before_)), changed_(error == cudaSuccess && before_ != index) {
-    if (changed_) error = cudaSetDevice(index);
-  }
-  ~CurrentDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  CurrentDevice(const CurrentDevice&) = delete;
-
- private:
-  int before_ = 0;
-
- public:
-  cudaError_t error;  // after before_, which is written while this is initialised
-
- private:
-  bool changed_;
-};
+// Calls f while that device is the current one. Returns null, or what CUDA says went wrong.
+template <class F>
+const char* on_device(int device, const F& f) {
+  int before = device;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = f();
+  if (before != device) cudaSetDevice(before);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 }  // namespace
 }  // namespace texp::cuda
 
-extern "C" const char* texp_cuda_step(int device_index, void* stream, const texp::cuda::Tensor* tensors, int64_t n,
-                                      const texp::Row<double>* rows, const texp::cuda::Group* groups,
-                                      const texp::cuda::Device* device) {
-  const texp::cuda::CurrentDevice here(device_index);
-  cudaError_t error = here.error;
-  if (error == cudaSuccess)
-    error = groups ? texp::cuda::launch_all(static_cast<cudaStream_t>(stream), tensors, n, groups, *device)
-                   : texp::cuda::launch_all(static_cast<cudaStream_t>(stream), tensors, n, rows, {});
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+using namespace texp;
+using namespace texp::cuda;
+
+extern "C" const char* texp_cuda_apply(int device, void* stream, const TensorEntry* tensors, int64_t n,
+                                       const Row<double>* rows, const Row<double>* device_rows, const int32_t* skip) {
+  Table<Apply, kLarge> table;
+  table.head = {device_rows, skip, 0, 0};
+  bool first = true;
+  return on_device(device, [&] {
+    return for_all(tensors, n, rows, table, [&](const Filled& filled) {
+      const bool after_advance = std::exchange(first, false) && device_rows != nullptr;
+      return filled.mixed ? launch(apply_kernel<true, kSmall>, apply_kernel<true, kLarge>, filled.tiles, table,
+                                   filled.bytes, stream, after_advance)
+                          : launch(apply_kernel<false, kSmall>, apply_kernel<false, kLarge>, filled.tiles, table,
+                                   filled.bytes, stream, after_advance);
+    });
+  });
 }
 
-extern "C" const char* texp_cuda_load(int device_index) {
-  using texp::cuda::step_kernel;
-  const void* kernels[] = {reinterpret_cast<const void*>(step_kernel<true, false, texp::cuda::kSmall>),
-                           reinterpret_cast<const void*>(step_kernel<true, false, texp::cuda::kMost>),
-                           reinterpret_cast<const void*>(step_kernel<true, true, texp::cuda::kSmall>),
-                           reinterpret_cast<const void*>(step_kernel<true, true, texp::cuda::kMost>)};
-  const texp::cuda::CurrentDevice here(device_index);
-  cudaError_t error = here.error;
-  cudaFuncAttributes attributes;
-  for (const void* kernel : kernels)
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+extern "C" const char* texp_cuda_advance(int device, void* stream, const GroupEntry* groups, int64_t n_groups,
+                                         const RowRequest* requests, int64_t, const DeviceStep& step) {
+  Table<Advance, kLarge> table;
+  auto* const to = reinterpret_cast<GroupEntry*>(table.bytes);
+  return on_device(device, [&] {
+    cudaError_t error = cudaSuccess;
+    for (int32_t group = 0, end = 0; group < n_groups && error == cudaSuccess;) {
+      const int32_t first = end;
+      int32_t count = 0, whole = 0;
+      size_t free = sizeof table.bytes;
+      while (group < n_groups && free >= sizeof(GroupEntry) + sizeof(RowRequest)) {
+        free -= sizeof(GroupEntry);
+        const int32_t begin = end;
+        end = std::min(groups[group].end, begin + static_cast<int32_t>(free / sizeof(RowRequest)));
+        free -= (end - begin) * sizeof(RowRequest);
+        to[count] = groups[group];
+        to[count].begin = begin - first;
+        to[count++].end = end - first;
+        if (end < groups[group].end) break;
+        ++group, ++whole;
+      }
+      table.head = {step, first, count, whole};
+      memcpy(to + count, requests + first, (end - first) * sizeof(RowRequest));
+      error = launch(advance_kernel<kSmall>, advance_kernel<kLarge>, count, table, sizeof table.bytes - free, stream);
+    }
+    return error;
+  });
+}
+
+extern "C" int64_t texp_cuda_reduce_workspace(const TensorEntry* tensors, int64_t n) {
+  int64_t tiles = 0;
+  for (const TensorEntry* t = tensors; t != tensors + n; ++t) tiles += tiles_of(t->numel, Reduce::tile_of(t->dtypes));
+  return 2 * tiles;
+}
+
+extern "C" const char* texp_cuda_reduce(int device, void* stream, const TensorEntry* tensors, int64_t n, double* sums,
+                                        double* workspace) {
+  Table<Reduce, kLarge> table;
+  table.head = {workspace, sums, 0, 0};
+  return on_device(device, [&] {
+    return for_all(tensors, n, nullptr, table, [&](const Filled& filled) {
+      const int64_t blocks = 2 * table.head.count;
+      cudaError_t error =
+          launch(square_kernel<kSmall>, square_kernel<kLarge>, 2 * filled.tiles, table, filled.bytes, stream);
+      if (error == cudaSuccess)
+        error = launch(sum_kernel<kSmall>, sum_kernel<kLarge>, blocks, table, filled.bytes, stream);
+      table.head.sums += blocks;
+      return error;
+    });
+  });
+}
+
+extern "C" void texp_cuda_use_dependent_launch(bool on) { dependent_launch = on; }
+
+extern "C" const char* texp_cuda_load(int device) {
+  const auto load = [](auto... kernels) {
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaSuccess;
+    ((error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernels) : error), ...);
+    return error;
+  };
+  return on_device(device, [&] {
+    return load(apply_kernel<false, kSmall>, apply_kernel<false, kLarge>, apply_kernel<true, kSmall>,
+                apply_kernel<true, kLarge>, advance_kernel<kSmall>, advance_kernel<kLarge>, square_kernel<kSmall>,
+                square_kernel<kLarge>, sum_kernel<kSmall>, sum_kernel<kLarge>);
+  });
 }
 
 extern "C" bool texp_cuda_is_capturing(void* stream) {

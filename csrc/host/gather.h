@@ -1,8 +1,9 @@
-// A step over parameter groups, as texp/step/gather.py would take it: a walk that changes nothing, then whatever can fail, then
-// the kernel.
+// Phase 1 of a step, gather: which tensors, which gradients, which buffers, and from what their rows are to be computed;
+// on the host or, where P and κ are on a device, there. It changes nothing. texp/step/gather.py says what it is to find.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -12,367 +13,544 @@
 #include <memory>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "python.h"
-#include "launch.h"
-#include "tensor_list.h"
 #include "../math/scale.h"
+#include "../tables.h"
+#include "groups.h"
+#include "tensor_list.h"
 
 namespace texp {
 
-inline py::tuple as_tuple(const Row<double>& r) {
-  return py::make_tuple(r.a_b, r.a_g, r.a_p, r.c_u, r.c_g, r.c_p, r.s_p, r.e, r.r_u, r.r_d);
-}
+// Who takes the tensors on a kind of device: nobody, the kernels of this library, or an object with methods in Python.
+struct Kernels {
+  bool take = false;
+  py::object launcher;  // null: those of this library
 
-inline Row<double> as_row(const py::tuple& t) {
-  const auto at = [&](size_t i) { return t[i].cast<double>(); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9)};
-}
+  Kernels() = default;
+  explicit Kernels(const py::object& given) : take(given.ptr() != Py_False) {
+    if (!py::isinstance<py::bool_>(given)) launcher = given;
+  }
+};
 
-inline bool keeps(const Row<double>& r) {
-  return r.a_b == 1 && r.a_g == 0 && r.a_p == 0 && r.c_u == 0 && r.c_g == 0 && r.c_p == 0 && r.s_p == 1 && r.e == 0 &&
-         r.r_u == 1 && r.r_d == 0;
-}
+// Which of a group's rows a tensor needs.
+enum class Kind : uint8_t { running, first, idle, statistic };
 
-// One step of a group, and its rows in the plan (-1: not yet in it).
-struct Advanced {
+// Phase 3 on the host, advance, of groups in a row that stand at the same point.
+struct GroupUpdate {
   Scale scale;
   Hyperparameters h;
   bool first;
-  Step step;
-  int32_t running = -1, starting = -1, idle = -1;
-
-  Advanced(const Scale& scale, const Hyperparameters& h, bool first, double grad_scale)
-      : scale(scale), h(h), first(first), step(advance(scale, h, first, grad_scale)) {}
+  Step step = {};  // once the rows are computed
+  int32_t rows[3] = {-1, -1, -1};  // by Kind, where a tensor needs them
 
   bool is_of(const Scale& scale, const Hyperparameters& h, bool first) const {
     return this->first == first && this->scale == scale && this->h == h;
   }
 };
 
-// Who takes the tensors on a device: nobody, a kernel of this library, or one that is called from Python.
-struct Taker {
-  bool takes = false;
-  py::handle kernel;  // null: that of this library
-
-  Taker() = default;
-  explicit Taker(const py::object& given) : takes(given.ptr() != Py_False) {
-    if (!py::isinstance<py::bool_>(given)) kernel = given;
-  }
+// What the optimizer keeps on a device between steps: a texp.step.device_state.DeviceScaleState.
+struct DeviceState {
+  py::object object;
+  py::list groups, params, known;  // what it was made for; scale_invariant, P, exponent and κ of each group
+  at::Tensor scales;               // float64 [groups, 4]: DeviceScale
+  at::Tensor momentum_initialized; // uint8 [params]
+  bool capturing;                  // whether the step is not taken now, but recorded in a graph
 };
 
-// The walk over the groups, and what it found.
-class Walk {
+// Why a step cannot be taken with its rows on the device.
+struct NotOnDevice {
+  std::string why;
+  bool is_stale = false;  // since the groups are no longer those that the state was made for
+};
+
+class Gather {
  public:
-  bool busy = false;
-
-  // Forgets everything, but keeps the memory for the next step.
-  void clear() {
-    clear_plans();
-    forget();
-    found_ = {};
-    momentum_dtype_ = {};
-    reader_.careful = Reader::always_careful;
-  }
-
-  // Walks over the groups and changes nothing. cpu, cuda: who takes the tensors there.
-  void walk(const py::list& groups, const py::dict& norm_stats, const py::dict& state, double grad_scale,
-            const MomentumDtype& momentum_dtype, const Taker& cpu, const Taker& cuda) {
-    start(cpu, cuda);
-    momentum_dtype_ = momentum_dtype;
-    found_ = found_stats(groups, norm_stats);
-    try {
-      walk_once(groups, state, grad_scale);
-    } catch (const Unusual&) {
-      clear_plans();
-      walk_carefully(groups, state, grad_scale);
-    }
-    bool shared = false;
-    for_each_plan([&](Plan& plan) { shared = plan.has_shared_memory() || shared; });
-    if (shared) {
-      for_each_plan([](Plan& plan) { plan.forget_items(); });
-      walk_carefully(groups, state, grad_scale);
-    }
-    // From here on Python code may run: what is left to the reference is looked at, state is made for new buffers, or
-    // another thread has the interpreter.
-    if (!left_.empty() || !new_bufs_.empty() || on_cpu_.lends_interpreter() || cpu_.kernel || cuda_.kernel) hold();
-  }
-
-  // Takes tensors for rows that are given: pairs of a row and (param, None, buffer or None).
-  // Returns the places of those that the kernels do not take.
-  std::vector<size_t> walk_rows(const std::vector<py::tuple>& work, const Taker& cpu, const Taker& cuda) {
-    start(cpu, cuda);
-    std::vector<size_t> left;
-    PyObject* last = nullptr;
-    int32_t row = -1;
-    for (size_t i = 0; i < work.size(); ++i) {
-      const py::object given = work[i][0];
-      const py::tuple entry = work[i][1];
-      if (given.ptr() != last) row = rows_.add(as_row(given));
-      last = given.ptr();
-      const py::object buf = entry[2];
-      const py::object p = entry[0];
-      const bool plain = THPVariable_CheckExact(p.ptr()) && (buf.is_none() || THPVariable_CheckExact(buf.ptr()));
-      Plan* plan = plain && !watched_ ? plan_of(THPVariable_Unpack(p.ptr()).device()) : nullptr;
-      const at::Tensor* b = buf.is_none() ? nullptr : &THPVariable_Unpack(buf.ptr());
-      if (plan == nullptr || plan->take(THPVariable_Unpack(p.ptr()), nullptr, b, row)) left.push_back(i);
-    }
-    bool shared = false;
-    for_each_plan([&](Plan& plan) { shared = plan.has_shared_memory() || shared; });
-    if (shared) {
-      for_each_plan([](Plan& plan) { plan.forget_items(); });
-      left.resize(work.size());
-      std::iota(left.begin(), left.end(), size_t{0});
-    }
-    hold();
-    return left;
-  }
-
-  // Whether a group in exponential form has the LR of torch.optim.swa_utils.SWALR: somebody averages its weights.
-  bool averaged() const { return averaged_; }
-
-  // (group index, why, row, param, grad, buffer or None, whether it is yet to be made) of each tensor that the kernel
-  // does not take; for a tensor of norm_stats, `why` is None.
-  py::list left() const {
-    py::list list;
-    for (const Left& l : left_) {
-      const auto or_none = [](PyObject* object) {
-        return py::reinterpret_borrow<py::object>(object == nullptr ? Py_None : object);
-      };
-      const Param& p = l.param;
-      const py::object grad = p.grad == nullptr ? or_none(p.foreign_grad)
-                                                : py::reinterpret_steal<py::object>(THPVariable_Wrap(*p.grad));
-      py::object why = py::none();
-      if (l.refusal) why = py::str(std::string(l.refusal.who) + " " + l.refusal.why);
-      list.append(py::make_tuple(l.group, why, as_tuple(rows_.wide[l.row]), or_none(p.object), grad, or_none(p.buf),
-                                 l.starts));
-    }
-    return list;
-  }
-
-  // Finds, or makes, where the new buffers are going to be.
-  void find_states(const py::dict& state) {
-    for (NewBuf& made : new_bufs_) made.values = values_of(state, made.param);
-  }
-
-  // Takes back what find_states made, after an error.
-  void drop_states(const py::dict& state) {
-    for (NewBuf& made : new_bufs_) drop_if_empty(state, made.param);
-  }
-
-  void run() {
-    for (auto& plan : on_cuda_) cuda_.kernel ? launch(*plan, rows_, cuda_.kernel) : launch(*plan, rows_);
-    if (cpu_.kernel) {
-      launch(on_cpu_, rows_, cpu_.kernel);
-    } else if (on_cpu_.lends_interpreter()) {
-      const py::gil_scoped_release release;
-      on_cpu_.run();
-    } else {
-      on_cpu_.run();
-    }
-    for_each_plan([](Plan& plan) { plan.bump_versions(); });
-    for (const auto& [stored, i, starts] : rescaled_) {
-      stored.write(steps_[i].scale, steps_[i].step.scale, !held_);
-      if (starts) set(stored.group, names().started, py::bool_(true));
-    }
-    for (const NewBuf& made : new_bufs_)
-      set(made.values.ptr(), names().momentum_buffer, py::reinterpret_steal<py::object>(THPVariable_Wrap(made.buf)));
-  }
-
- private:
-  struct Left {
+  // What a kernel does not take, and what the reference is to do with it.
+  struct Fallback {
     Py_ssize_t group;
     Refusal refusal;
     int32_t row;
+    Kind kind;
     Param param;
-    bool starts;
   };
 
+  // A group whose scale changes.
   struct Rescaled {
     StoredScale stored;
-    size_t step;  // which of steps_
+    int32_t update;
     bool starts;  // it has no parameters here whose buffers would tell that it has begun
   };
 
-  struct NewBuf {
+  struct NewBuffer {
     PyObject* param;
     at::Tensor buf;
     py::object values;  // optimizer.state[param]
   };
 
-  void forget() {
-    reader_.clear();
-    rows_.clear();
-    params_.clear();
-    steps_.clear();
-    rescaled_.clear();
-    new_bufs_.clear();
-    left_.clear();
-    objects_.clear();
-    grads_of_left_.clear();
-    held_ = averaged_ = false;
+  struct RowSource {
+    int32_t update;
+    Kind kind;
+    double power;  // of a statistic
+  };
+
+  explicit Gather(py::object check_scale) : reader_(std::move(check_scale)) {}
+
+  Rows rows;
+  std::vector<GroupUpdate> updates;
+  std::vector<RowSource> row_sources;
+  std::vector<Rescaled> rescaled;
+  std::vector<NewBuffer> new_buffers;  // of parameters that take their first step, or whose buffers are too narrow
+  std::vector<Fallback> fallback;
+  std::vector<GroupEntry> groups;      // with rows on a device
+  std::vector<RowRequest> requests;
+  std::vector<PyObject*> started;      // groups without parameters that take a step with momentum there
+  bool is_averaged;  // a group in exponential form has the LR of torch.optim.swa_utils.SWALR: somebody averages its weights
+  bool is_held;      // everything is kept alive, so that Python code may run
+
+  // For rows on the host. cpu, cuda: who takes the tensors there.
+  void gather(const py::list& param_groups, const py::object& norm_stats, const py::dict& state, double grad_scale,
+              const MomentumDtype& momentum_dtype, const Kernels& cpu, const Kernels& cuda) {
+    start(param_groups, norm_stats, state, momentum_dtype, cpu, cuda, nullptr);
+    grad_scale_ = grad_scale;
+    gather_groups(false);
+    if (!all_rows_fit()) {
+      const Rows known = rows;
+      known_rows_ = &known;
+      drop();
+      gather_groups(true);
+      known_rows_ = nullptr;
+    }
+    if (finish()) {
+      drop();
+      gather_groups(true);
+      finish();
+    }
+    // From here on Python code may run: what is left to the reference is looked at, state is made for new buffers, or a
+    // launcher is called.
+    if (!fallback.empty() || !new_buffers.empty() || cpu_.launcher || cuda_.launcher) hold();
   }
 
-  void start(const Taker& cpu, const Taker& cuda) {
+  // For rows on a device, whose kernels are `kernels`; throws NotOnDevice.
+  void gather(const py::list& param_groups, const py::object& norm_stats, const py::dict& state,
+              const MomentumDtype& momentum_dtype, const Kernels& kernels, const DeviceState& device) {
+    const bool is_cuda = device.scales.is_cuda();
+    start(param_groups, norm_stats, state, momentum_dtype, is_cuda ? Kernels() : kernels,
+          is_cuda ? kernels : Kernels(), &device);
+    gather_groups(false);
+    if (finish()) throw NotOnDevice{"parameters, buffers or norm_stats share memory"};
+    if (!new_buffers.empty() || !started.empty() || kernels.launcher) hold();
+  }
+
+  // For rows that are given: pairs of a row and (param, None, buffer or None). Returns the places of those that the
+  // kernels do not take.
+  std::vector<size_t> gather_rows(const std::vector<py::tuple>& work, const Kernels& cpu, const Kernels& cuda) {
     cpu_ = cpu;
     cuda_ = cuda;
-    watched_ = c10::impl::TorchDispatchModeTLS::any_modes_set();
+    is_watched_ = c10::impl::TorchDispatchModeTLS::any_modes_set();
+    std::vector<size_t> left;
+    PyObject* last = nullptr;
+    for (size_t i = 0; i < work.size(); ++i) {
+      const py::object row = work[i][0];
+      const py::tuple entry = work[i][1];
+      if (row.ptr() != last) rows.set(rows.add(), as_row(row));
+      last = row.ptr();
+      PyObject *p = entry[0].ptr(), *b = entry[2].ptr();
+      const bool is_plain = THPVariable_CheckExact(p) && (b == Py_None || THPVariable_CheckExact(b)) && !is_watched_;
+      TensorList* list = is_plain ? list_of(THPVariable_Unpack(p).device()) : nullptr;
+      if (list == nullptr || !takes(*list, THPVariable_Unpack(p), b == Py_None ? nullptr : &THPVariable_Unpack(b)))
+        left.push_back(i);
+    }
+    if (finish()) {
+      for_each_list([](TensorList& list) { list.start(); });
+      left.resize(work.size());
+      std::iota(left.begin(), left.end(), size_t{0});
+    }
+    for_each_list([](TensorList& list) { list.hold(); });
+    return left;
   }
 
-  void walk_carefully(const py::list& groups, const py::dict& state, double grad_scale) {
-    forget();
-    reader_.careful = held_ = true;
-    walk_once(groups, state, grad_scale);
+  // Forgets everything, but keeps the memory, and what the next step is compared with.
+  void clear() {
+    drop();
+    for_each_list([](TensorList& list) { list.start(); });
+    reader_.start(nullptr, false);
+    found_ = norm_stats_ = param_groups_ = state_ = {};
+    device_ = nullptr;
   }
 
-  void walk_once(const py::list& groups, const py::dict& state, double grad_scale) {
-    for (Py_ssize_t index = 0; index < PyList_GET_SIZE(groups.ptr()); ++index)
-      walk_group(index, PyList_GET_ITEM(groups.ptr(), index), state.ptr(), grad_scale);
+  template <class F>
+  void for_each_list(const F& f) {
+    f(on_cpu_);
+    for (auto& list : on_cuda_) f(*list);
   }
 
-  void walk_group(Py_ssize_t index, PyObject* group, PyObject* state, double grad_scale) {
-    const Names& key = names();
-    reader_.hold(group);
-    PyObject* list = reader_.hold(required(group, key.params));
+  TensorList& on_cpu() { return on_cpu_; }
+  std::vector<std::unique_ptr<TensorList>>& on_cuda() { return on_cuda_; }
+  TensorList& on_device() { return *list_of(device_->scales.device()); }
+
+  bool keeps(int32_t row) const { return row_keeps_[row]; }
+
+ private:
+  // Thrown where a group holds norm_stats that the optimizer has not taken over yet.
+  struct GivesNormStats {};
+
+  void start(const py::list& param_groups, const py::object& norm_stats, const py::dict& state,
+             const MomentumDtype& momentum_dtype, const Kernels& cpu, const Kernels& cuda, const DeviceState* device) {
+    param_groups_ = param_groups;
+    norm_stats_ = norm_stats;
+    state_ = state;
+    momentum_dtype_ = momentum_dtype;
+    cpu_ = cpu;
+    cuda_ = cuda;
+    device_ = device;
+    is_watched_ = c10::impl::TorchDispatchModeTLS::any_modes_set();
+    known_rows_ = nullptr;
+    for_each_list([](TensorList& list) { list.start(); });
+    found_ = PyDict_GET_SIZE(norm_stats.ptr()) == 0 ? py::object() : norm_stats.attr("found")(param_groups);
+  }
+
+  // Forgets what was gathered, to gather it again.
+  void drop() {
+    for_each_list([](TensorList& list) { list.drop(); });
+    clear_found();
+  }
+
+  void clear_found() {
+    rows.clear();
+    updates.clear();
+    row_sources.clear();
+    row_keeps_.clear();
+    rescaled.clear();
+    new_buffers.clear();
+    fallback.clear();
+    groups.clear();
+    requests.clear();
+    started.clear();
+    objects_.clear();
+    grads_of_fallback_.clear();
+    slot_ = 0;
+    is_held = is_averaged = false;
+  }
+
+  void gather_groups(bool on_slow_path) {
+    clear_found();
+    reader_.start(state_.ptr(), on_slow_path);
+    is_held = reader_.slow_path;
+    try {
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups_.ptr()); ++i)
+        gather_group(i, PyList_GET_ITEM(param_groups_.ptr(), i));
+    } catch (const NeedsSlowPath&) {
+      drop();
+      return gather_groups(true);
+    } catch (const GivesNormStats&) {
+      drop();
+      found_ = norm_stats_.attr("found")(param_groups_);
+      return gather_groups(on_slow_path);
+    }
+    if (device_ == nullptr) {
+      advance();
+    } else if (PyList_GET_SIZE(device_->groups.ptr()) != PyList_GET_SIZE(param_groups_.ptr()) ||
+               PyList_GET_SIZE(device_->params.ptr()) != slot_) {
+      throw NotOnDevice{"", true};
+    }
+  }
+
+  void gather_group(Py_ssize_t index, PyObject* group) {
+    const Options options = reader_.options(group);
+    if (options[Key::norm_stats] != nullptr && !found_) throw GivesNormStats{};
+    PyObject* list = options.required(Key::params);
     if (!PyList_Check(list) && !PyTuple_Check(list)) throw py::type_error("group['params'] must be a list");
     params_.clear();
-    bool steps = false;
+    bool steps = false, all = true;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
-      const Param& param = reader_.param(PySequence_Fast_GET_ITEM(list, i), params_);
-      steps = steps || param.has_grad();
+      params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
+      steps = steps || params_.back().has_grad();
+      all = all && params_.back().has_grad();
     }
-    // A group in exponential form of which this process holds no parameter follows the others' (texp/step/groups.py `steps`).
     const bool empty = params_.empty();
+    const int32_t first_slot = slot_;
+    slot_ += static_cast<int32_t>(params_.size());
+    const StoredScale stored(options);
+    if (device_ != nullptr) {
+      check_is_known(options, stored, index, first_slot);
+      if (device_->capturing && !all)
+        throw NotOnDevice{"a parameter has no gradient: replays would go on without it"};
+    }
+    // A group in exponential form of which this process holds no parameter follows the others' (texp/step/groups.py).
     if (!steps && !empty) return;
 
-    const Hyperparameters h = reader_.hyperparameters(group, index);
-    const StoredScale stored(group);
-    const Scale scale = reader_.scale(stored, index);
-    const bool ordinary = !h.scale_invariant && scale.P == 1 && scale.kappa == 0;
-    if (ordinary && empty) return;
-    bool first = !empty || !(reader_.started(group) || scale != Scale{});
-    if (h.momentum != 0 || !ordinary) {
+    const Scale scale = reader_.scale(stored, index);  // on the device: when it was last on the host
+    const bool scale_invariant = reader_.flag(options[Key::scale_invariant]);
+    const bool is_ordinary = !scale_invariant && scale.P == 1 && scale.kappa == 0;
+    if (is_ordinary && empty) return;
+    GroupEntry entry{};
+    const bool has_momentum = device_ == nullptr ? reader_.hyperparameters(options, index).momentum != 0
+                                                 : read_numbers(options, index, entry);
+    bool without_buffers = !empty || !(reader_.flag(options[Key::started]) || scale != Scale{});
+    if (has_momentum || !is_ordinary) {
       for (Param& param : params_) {
-        param.buf = reader_.buffer(state, param);
-        first = first && param.buf == nullptr;
+        if (is_ordinary && !param.has_grad()) continue;
+        param.buf = reader_.buffer(param);
+        without_buffers = without_buffers && param.buf == nullptr;
       }
     }
-    if (steps_.empty() || !steps_.back().is_of(scale, h, first)) steps_.emplace_back(scale, h, first, grad_scale);
-    Advanced& advanced = steps_.back();
-    if (!ordinary) rescaled_.push_back({stored, steps_.size() - 1, empty && h.momentum != 0});
-
-    const bool idle_keeps = keeps(advanced.step.idle);
-    for (const Param& param : params_) {
-      if (!param.has_grad() && idle_keeps) continue;
-      const bool starts = param.has_grad() && param.buf == nullptr && h.momentum != 0;
-      const int32_t row = !param.has_grad() ? row_of(advanced.idle, advanced.step.idle)
-                          : starts          ? row_of(advanced.starting, advanced.step.first)
-                                            : row_of(advanced.running, advanced.step.running);
-      if (const Refusal refusal = take(param, starts, row)) left_.push_back({index, refusal, row, param, starts});
+    const bool starts = empty && has_momentum;
+    int32_t update = -1;
+    if (device_ == nullptr) {
+      // Ordinary groups have the same rows whether this is their first step or not.
+      update = update_of(reader_.hyperparameters(options, index), scale, without_buffers && !is_ordinary);
+      if (!is_ordinary) rescaled.push_back({stored, update, starts});
+    } else {
+      entry.nesterov = reader_.flag(options.required(Key::nesterov));
+      entry.maximize = reader_.flag(options.required(Key::maximize));
+      entry.scale_invariant = scale_invariant;
+      entry.without_buffers = without_buffers;
+      entry.scale = reinterpret_cast<DeviceScale*>(device_->scales.mutable_data_ptr<double>()) + index;
+      entry.begin = static_cast<int32_t>(requests.size());
+      if (starts) started.push_back(group);
     }
-    if (ordinary) return;
-    averaged_ = averaged_ || item(group, key.swa_lr) != nullptr;
-    for_each_stat(found_, index, [&](PyObject* stat, double power) {
-      if (advanced.step.growth == 1) return;
-      Row<double> row{};
-      row.s_p = power_of(advanced.step.growth, power);
-      const int32_t added = rows_.add(row);
-      const Param param{stat, static_cast<bool>(THPVariable_CheckExact(stat)), nullptr, nullptr};
-      if (take(param, false, added)) left_.push_back({index, {}, added, param, false});
-    });
+
+    for (size_t i = 0; i < params_.size(); ++i) {
+      const Param& param = params_[i];
+      if (!param.has_grad() && is_ordinary) continue;
+      const Kind kind = !param.has_grad() ? Kind::idle
+                        : param.buf == nullptr && has_momentum ? Kind::first
+                                                               : Kind::running;
+      const int32_t row = device_ == nullptr ? row_of(update, kind) : request(kind, param, first_slot + i);
+      if (const Refusal refusal = take(param, kind, row)) refuse(index, refusal, row, kind, param);
+    }
+    if (!is_ordinary && found_) gather_statistics(index, update);
+    if (!is_ordinary && options[Key::swa_lr] != nullptr) is_averaged = true;
+    if (device_ != nullptr) {
+      entry.end = static_cast<int32_t>(requests.size());
+      groups.push_back(entry);
+    }
   }
 
-  int32_t row_of(int32_t& index, const Row<double>& row) {
-    if (index < 0) index = rows_.add(row);
-    return index;
+  void gather_statistics(Py_ssize_t index, int32_t update) {
+    PyObject* stats = PyList_GET_ITEM(found_.ptr(), index);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(stats); ++i) {
+      PyObject* pair = PyList_GET_ITEM(stats, i);
+      PyObject* stat = PyTuple_GET_ITEM(pair, 0);
+      const double power = PyFloat_AS_DOUBLE(PyTuple_GET_ITEM(pair, 1));
+      const Param param{.object = stat, .exact = THPVariable_CheckExact(stat)};
+      if (device_ != nullptr && (!param.exact || THPVariable_Unpack(stat).device() != device_->scales.device()))
+        throw NotOnDevice{"norm_stats are not plain tensors on its device"};
+      int32_t row;
+      if (device_ == nullptr) {
+        row = new_row({update, Kind::statistic, power});
+      } else {
+        row = request(Kind::statistic, param, 0);
+        requests.back().power = power;
+      }
+      if (take(param, Kind::statistic, row)) {
+        if (device_ != nullptr) throw NotOnDevice{"norm_stats are not plain tensors on its device"};
+        fallback.push_back({index, {}, row, Kind::statistic, param});
+      }
+    }
   }
 
-  Refusal take(const Param& param, bool starts, int32_t row) {
-    if (watched_)
+  int32_t update_of(const Hyperparameters& h, const Scale& scale, bool first) {
+    if (updates.empty() || !updates.back().is_of(scale, h, first))
+      updates.push_back({.scale = scale, .h = h, .first = first});
+    return static_cast<int32_t>(updates.size()) - 1;
+  }
+
+  int32_t row_of(int32_t update, Kind kind) {
+    int32_t& row = updates[update].rows[static_cast<int>(kind)];
+    if (row < 0) row = new_row({update, kind, 0});
+    return row;
+  }
+
+  int32_t new_row(const RowSource& source) {
+    row_sources.push_back(source);
+    return rows.add();
+  }
+
+  // The row of tensor i on a device is row i.
+  int32_t request(Kind kind, const Param& param, size_t slot) {
+    RowRequest request{};
+    request.group = static_cast<int32_t>(groups.size());
+    request.slot = static_cast<int32_t>(slot);
+    request.kind = kind == Kind::idle ? RowKind::idle : kind == Kind::statistic ? RowKind::statistic : RowKind::step;
+    request.newly_allocated = kind == Kind::first;
+    request.has_buffer = param.buf != nullptr || kind == Kind::first;
+    requests.push_back(request);
+    return static_cast<int32_t>(requests.size()) - 1;
+  }
+
+  // Phase 3 on the host: P, κ and every row.
+  void advance() {
+    for (GroupUpdate& update : updates) update.step = texp::advance(update.scale, update.h, update.first, grad_scale_);
+    row_keeps_.assign(row_sources.size(), false);
+    bool any_keeps = false;
+    for (size_t i = 0; i < row_sources.size(); ++i) {
+      const RowSource& source = row_sources[i];
+      const Step& step = updates[source.update].step;
+      Row<double> row = source.kind == Kind::running ? step.running : source.kind == Kind::first ? step.first : step.idle;
+      if (source.kind == Kind::statistic) {
+        row = {};
+        row.s_p = power_of(step.growth, source.power);
+        row_keeps_[i] = step.growth == 1;
+      } else if (source.kind == Kind::idle) {
+        row_keeps_[i] = row == kKeep;
+      }
+      any_keeps = any_keeps || row_keeps_[i];
+      rows.set(static_cast<int32_t>(i), row);
+    }
+    if (!any_keeps) return;
+    for_each_list([&](TensorList& list) { list.remove_if([&](int32_t row) { return row_keeps_[row]; }); });
+    std::erase_if(fallback, [&](const Fallback& of) { return row_keeps_[of.row]; });
+  }
+
+  bool all_rows_fit() const {
+    for (size_t i = 0; i < row_sources.size(); ++i)
+      if (!rows.narrow[i].is_finite()) return false;
+    return true;
+  }
+
+  bool finish() {
+    bool shared = false;
+    for_each_list([&](TensorList& list) { shared = list.finish() || shared; });
+    return shared;
+  }
+
+  // Whether a kernel takes a tensor, by the row that was added last.
+  bool takes(TensorList& list, const at::Tensor& p, const at::Tensor* b) {
+    const auto row = static_cast<int32_t>(rows.wide.size()) - 1;
+    return rows.fits(row, dtypes_of(p, nullptr, b).is_wide()) && !list.take(p, nullptr, b, row);
+  }
+
+  void refuse(Py_ssize_t index, const Refusal& refusal, int32_t row, Kind kind, const Param& param) {
+    if (device_ != nullptr) throw NotOnDevice{std::string(refusal.who) + ' ' + refusal.why};
+    fallback.push_back({index, refusal, row, kind, param});
+  }
+
+  Refusal take(const Param& param, Kind kind, int32_t row) {
+    if (is_watched_)
       return {"the parameter", "is stepped under a TorchDispatchMode, which is to see what happens to it"};
     if (!param.exact) return {"the parameter", "is a subclass of torch.Tensor"};
     const at::Tensor& p = THPVariable_Unpack(param.object);
-    Plan* plan = plan_of(p.device());
-    if (plan == nullptr) return {"the parameter", "is on a device whose kernel is not asked for or cannot be used here"};
+    TensorList* list = list_of(p.device());
+    if (list == nullptr) return {"the parameter", "is on a device whose kernel is not asked for or cannot be used here"};
+    if (known_rows_ != nullptr) {
+      const at::Tensor* buf = param.buf != nullptr && THPVariable_Check(param.buf) ? &THPVariable_Unpack(param.buf) : nullptr;
+      if (!known_rows_->fits(row, dtypes_of(p, param.grad, buf).is_wide()))
+        return {"the parameter", "is too narrow for a step as large as this"};
+    }
     if (param.buf != nullptr) {
       if (!THPVariable_CheckExact(param.buf)) return {"its momentum buffer", "is not a torch.Tensor"};
       const at::Tensor& buf = THPVariable_Unpack(param.buf);
-      if (momentum_dtype_ != at::kDouble && plan->take_usual(p, param.grad, &buf, row)) return {};
-      if (wide_enough(p, buf, momentum_dtype_) == buf.scalar_type()) return plan->take(p, param.grad, &buf, row);
-    } else if (!starts) {
-      return plan->take(p, param.grad, nullptr, row);
+      if (!momentum_dtype_ && list->take_usual(p, param.grad, &buf, row)) return {};
+      if (wide_enough(p, buf, momentum_dtype_) == buf.scalar_type()) return list->take(p, param.grad, &buf, row);
+    } else if (kind != Kind::first) {
+      return list->take(p, param.grad, nullptr, row);
     }
-    return take_with_new_buffer(*plan, param, row);
+    return take_with_new_buffer(*list, param, row);
   }
 
   // For a tensor's first step, or one whose buffer is narrower than it is to be.
-  [[gnu::noinline]] Refusal take_with_new_buffer(Plan& plan, const Param& param, int32_t row) {
+  [[gnu::noinline]] Refusal take_with_new_buffer(TensorList& list, const Param& param, int32_t row) {
     const at::Tensor& p = THPVariable_Unpack(param.object);
+    const bool capturing = device_ != nullptr && device_->capturing;
     at::Tensor made;
     if (param.buf != nullptr) {
+      if (capturing) return {"a momentum buffer", "is narrower than it is to be; take a step before the capture"};
       const at::Tensor& buf = THPVariable_Unpack(param.buf);
       if (const char* why = unwritable(buf)) return {"its momentum buffer", why};
       made = widened(buf, wide_enough(p, buf, momentum_dtype_));
     } else {
+      // Memory made in a capture would be set to 0 again by each replay.
+      if (capturing) return {"a parameter", "has no momentum buffer yet; take a step before the capture"};
       if (const char* why = unwritable(p)) return {"the parameter", why};
       if (const char* why = unsupported(*param.grad)) return {"its gradient", why};
       made = new_buffer(p, *param.grad, momentum_dtype_);
     }
-    const Refusal refusal = plan.take(p, param.grad, &made, row);
-    if (!refusal) new_bufs_.push_back({param.object, made, {}});
+    const Refusal refusal = list.take(p, param.grad, &made, row);
+    if (!refusal) new_buffers.push_back({param.object, made, {}});
     return refusal;
   }
 
+  // Throws where the state on the device is not of this group, at its scale. What it was made for it holds, so that the
+  // same address is the same object.
+  void check_is_known(const Options& options, const StoredScale& stored, Py_ssize_t index, int32_t first_slot) {
+    const NotOnDevice stale{"", true};
+    if (index >= PyList_GET_SIZE(device_->groups.ptr()) || slot_ > PyList_GET_SIZE(device_->params.ptr())) throw stale;
+    if (PyList_GET_ITEM(device_->groups.ptr(), index) != options.group) throw stale;
+    for (size_t i = 0; i < params_.size(); ++i)
+      if (PyList_GET_ITEM(device_->params.ptr(), first_slot + static_cast<Py_ssize_t>(i)) != params_[i].object) throw stale;
+    PyObject* known = PyList_GET_ITEM(device_->known.ptr(), index);
+    const Scale scale = reader_.unchecked_scale(stored);
+    if (reader_.flag(PyTuple_GET_ITEM(known, 0)) != reader_.flag(options[Key::scale_invariant]) ||
+        reader_.number(PyTuple_GET_ITEM(known, 1)) != scale.P ||
+        PyLong_AsLongLong(PyTuple_GET_ITEM(known, 2)) != scale.exponent ||
+        reader_.number(PyTuple_GET_ITEM(known, 3)) != scale.kappa)
+      throw stale;
+  }
+
+  // Numbers that are tensors on the device are read there when the step runs. Returns whether there may be momentum.
+  bool read_numbers(const Options& options, Py_ssize_t index, GroupEntry& entry) {
+    Number* const numbers[] = {&entry.lr, &entry.momentum, &entry.dampening, &entry.weight_decay};
+    for (int i = 0; i < 4; ++i) {
+      const Key key = Key(static_cast<int>(Key::lr) + i);
+      PyObject* value = options.required(key);
+      const at::Tensor* t = THPVariable_CheckExact(value) ? &THPVariable_Unpack(value) : nullptr;
+      if (t == nullptr || (t->is_cpu() && !device_->scales.is_cpu())) {
+        entry.in[i] = Number::In::host;
+        numbers[i]->value = reader_.finite(options, key, index);
+        continue;
+      }
+      const bool is_wide = t->scalar_type() == at::kDouble;
+      if (t->numel() != 1 || t->device() != device_->scales.device() || (!is_wide && t->scalar_type() != at::kFloat))
+        throw NotOnDevice{"a hyperparameter is not a float32 or float64 tensor of one element on its device"};
+      entry.in[i] = is_wide ? Number::In::float64 : Number::In::float32;
+      numbers[i]->at = t->const_data_ptr();
+    }
+    return entry.in[1] != Number::In::host || entry.momentum.value != 0;
+  }
+
   void hold() {
-    held_ = true;
-    for_each_plan([](Plan& plan) { plan.hold(); });
+    is_held = true;
+    for_each_list([](TensorList& list) { list.hold(); });
     const auto keep = [&](PyObject* object) { objects_.push_back(py::reinterpret_borrow<py::object>(object)); };
-    for (const Rescaled& r : rescaled_) keep(r.stored.group);
-    for (const NewBuf& made : new_bufs_) keep(made.param);
-    for (Left& l : left_) {
-      keep(l.param.object);
-      if (l.param.grad != nullptr) l.param.grad = &grads_of_left_.emplace_back(*l.param.grad);
-      if (l.param.buf != nullptr) keep(l.param.buf);
+    for (const Rescaled& of : rescaled) keep(of.stored.group);
+    for (PyObject* group : started) keep(group);
+    for (const NewBuffer& made : new_buffers) keep(made.param);
+    for (Fallback& of : fallback) {
+      keep(of.param.object);
+      if (of.param.grad != nullptr) of.param.grad = &grads_of_fallback_.emplace_back(*of.param.grad);
+      if (of.param.buf != nullptr) keep(of.param.buf);
     }
   }
 
-  template <class F>
-  void for_each_plan(F&& f) {
-    f(on_cpu_);
-    for (auto& plan : on_cuda_) f(*plan);
-  }
-
-  void clear_plans() {
-    for_each_plan([](Plan& plan) { plan.clear(); });
-  }
-
   // Null: tensors there are not taken.
-  Plan* plan_of(c10::Device device) {
-    if (device.is_cpu()) return cpu_.takes ? &on_cpu_ : nullptr;
-    if (!device.is_cuda() || !cuda_.takes) return nullptr;
-    for (auto& plan : on_cuda_)
-      if (plan->device() == device) return plan.get();
-    return on_cuda_.emplace_back(std::make_unique<Plan>(rows_, device)).get();
+  TensorList* list_of(c10::Device device) {
+    if (device_ != nullptr && device != device_->scales.device()) throw NotOnDevice{"a parameter is not a plain tensor on its device"};
+    if (device.is_cpu()) return cpu_.take ? &on_cpu_ : nullptr;
+    if (!device.is_cuda() || !cuda_.take) return nullptr;
+    for (auto& list : on_cuda_)
+      if (list->device() == device) return list.get();
+    return on_cuda_.emplace_back(std::make_unique<TensorList>(device)).get();
   }
 
   Reader reader_;
-  py::object found_;  // statistics, see found_stats
+  py::object param_groups_, norm_stats_, state_;
+  py::object found_;  // the statistics of each group and their powers of P, if any group has some
   MomentumDtype momentum_dtype_;
-  Rows rows_;
-  Plan on_cpu_{rows_, c10::Device(c10::kCPU)};
-  std::vector<std::unique_ptr<Plan>> on_cuda_;
-  std::vector<Param> params_;        // of one group
-  std::vector<Advanced> steps_;      // groups in a row that stand at the same point share one
-  std::vector<Rescaled> rescaled_;   // groups whose scale changes
-  std::vector<NewBuf> new_bufs_;     // of parameters that take their first step
-  std::vector<Left> left_;           // what the kernel does not take
+  Kernels cpu_, cuda_;
+  const DeviceState* device_ = nullptr;  // null: rows are computed on the host
+  double grad_scale_ = 1;
+  TensorList on_cpu_{c10::Device(c10::kCPU)};
+  std::vector<std::unique_ptr<TensorList>> on_cuda_;
+  std::vector<Param> params_;   // of one group
+  std::vector<char> row_keeps_; // whether a row changes nothing
   std::vector<py::object> objects_;  // kept alive
-  std::deque<at::Tensor> grads_of_left_;
-  Taker cpu_, cuda_;
-  bool watched_ = false;  // by a TorchDispatchMode
-  bool averaged_ = false;
-  bool held_ = false;     // whether everything is kept alive, so that Python code may run
+  std::deque<at::Tensor> grads_of_fallback_;
+  const Rows* known_rows_ = nullptr;  // when everything is gathered again because not all of them fit
+  int32_t slot_ = 0;
+  bool is_watched_ = false;  // by a TorchDispatchMode
 };
 
 }  // namespace texp

@@ -1,4 +1,4 @@
-// Giving a plan to a kernel for GPUs: that of this library, or one that is called from Python.
+// Giving tensors and rows to the kernels of a GPU: those of this library, or a launcher in Python.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -13,79 +13,39 @@
 
 namespace texp {
 
-inline cuda::Tensor as_cuda(const Item& item) {
-  cuda::Tensor t{};
-  t.p = item.p;
-  t.g = item.g;
-  t.b = item.b;
-  t.numel = item.numel;
-  t.source = static_cast<uint16_t>(item.row);
-  t.bits = cuda::Tensor::bits_of(item.dtype, item.g_dtype, item.b_dtype);
-  return t;
-}
+namespace py = pybind11;
 
-inline std::vector<cuda::Tensor> table_of(const Plan& plan, const Rows& rows) {
-  if (rows.wide.size() > UINT16_MAX) throw std::runtime_error("a step on a GPU takes at most 65,535 different rows");
-  std::vector<cuda::Tensor> tensors;
-  tensors.reserve(plan.items().size());
-  for (const Item& item : plan.items()) tensors.push_back(as_cuda(item));
-  return tensors;
+template <class T>
+py::memoryview view_of(const T* table, size_t n) {
+  return py::memoryview::from_memory(static_cast<const void*>(table), static_cast<py::ssize_t>(n * sizeof(T)));
 }
 
 template <class T>
-py::bytearray bytes_of(const std::vector<T>& table) {
-  return {reinterpret_cast<const char*>(table.data()), table.size() * sizeof(T)};
-}
-
-// Gives a plan to a kernel that is called from Python: with the device ("cuda:0", say), a cuda::Tensor for each tensor, and
-// the rows.
-inline void launch(Plan& plan, const Rows& rows, py::handle kernel) {
-  if (plan.items().empty()) return;
-  kernel(plan.device().str(), bytes_of(table_of(plan, rows)), bytes_of(rows.wide));
-  plan.write_back();
-}
-
-#if defined(TEXP_WITH_CUDA)
-
-// The stream that torch is using on a device. Asked of Python, so that the core does not need a CUDA build of torch.
-inline void* current_stream(c10::DeviceIndex device) {
-  // Never given back: at the end of the process Python goes first.
-  static PyObject* const ask =
-      py::object(py::module_::import("texp.torch_internals").attr("current_raw_stream")).release().ptr();
-  return reinterpret_cast<void*>(py::handle(ask)(device).cast<uintptr_t>());
+py::memoryview view_of(const std::vector<T>& table) {
+  return view_of(table.data(), table.size());
 }
 
 inline void raise_if(const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string("the CUDA kernel of texp could not be launched: ") + error);
 }
 
-// Gives a plan to the CUDA kernel.
-inline void launch(Plan& plan, const Rows& rows) {
-  if (plan.items().empty()) return;
-  const c10::DeviceIndex device = plan.device().index();
-  void* stream = current_stream(device);
-  if (texp_cuda_is_capturing(stream))
-    throw std::runtime_error("a step with capturable=False cannot be captured in a graph: its rows are computed on the host");
-  const std::vector<cuda::Tensor> tensors = table_of(plan, rows);
-  raise_if(texp_cuda_step(device, stream, tensors.data(), static_cast<int64_t>(tensors.size()), rows.wide.data(), nullptr,
-                          nullptr));
-  plan.write_back();
+#if !defined(TEXP_WITH_CUDA)
+// Kernels are then never asked for.
+extern "C" {
+inline const char* texp_cuda_apply(int, void*, const TensorEntry*, int64_t, const Row<double>*, const Row<double>*,
+                                   const int32_t*) {
+  return "texp was built without it";
 }
-
-inline void launch(c10::DeviceIndex device, const std::vector<cuda::Tensor>& tensors,
-                   const std::vector<cuda::Group>& groups, const cuda::Device& on_device) {
-  raise_if(texp_cuda_step(device, current_stream(device), tensors.data(), static_cast<int64_t>(tensors.size()), nullptr,
-                          groups.data(), &on_device));
+inline const char* texp_cuda_advance(int, void*, const GroupEntry*, int64_t, const RowRequest*, int64_t, const DeviceStep&) {
+  return "texp was built without it";
 }
-
-#else
-
-inline void launch(Plan&, const Rows&) {}
-
-inline void launch(c10::DeviceIndex, const std::vector<cuda::Tensor>&, const std::vector<cuda::Group>&, const cuda::Device&) {
-  throw std::runtime_error("texp was built without its CUDA kernel");
+inline const char* texp_cuda_reduce(int, void*, const TensorEntry*, int64_t, double*, double*) {
+  return "texp was built without it";
 }
-
+inline int64_t texp_cuda_reduce_workspace(const TensorEntry*, int64_t) { return 0; }
+inline const char* texp_cuda_load(int) { return "texp was built without it"; }
+inline bool texp_cuda_is_capturing(void*) { return false; }
+}
 #endif
 
 }  // namespace texp

@@ -1,4 +1,4 @@
-// Which tensors the kernel can take, and what one step is going to do to them.
+// The tensors that one step is going to change on one device: which of them a kernel can take, and what it is given.
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "../tables.h"
 
 namespace texp {
 
@@ -56,9 +57,10 @@ inline Dtype dtype_of(const at::Tensor& t) {
   }
 }
 
-// Whether the arithmetic is in float64; g, b: null if there is none.
-inline bool is_wide(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b) {
-  return is_wide(dtype_of(p), g == nullptr ? dtype_of(p) : dtype_of(*g), b == nullptr ? dtype_of(p) : dtype_of(*b));
+// g, b: null if there is none.
+inline Dtypes dtypes_of(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b) {
+  const Dtype own = dtype_of(p);
+  return Dtypes::of(own, g == nullptr ? own : dtype_of(*g), b == nullptr ? own : dtype_of(*b));
 }
 
 inline bool is_dense(const at::Tensor& t) { return t.is_contiguous() || t.is_non_overlapping_and_dense(); }
@@ -70,7 +72,7 @@ inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   return is_dense(a) && is_dense(b);
 }
 
-// Why the kernel does not take a parameter.
+// Why a kernel does not take a parameter.
 struct Refusal {
   const char* who = nullptr;  // the parameter, its gradient or its buffer
   const char* why = nullptr;
@@ -78,49 +80,46 @@ struct Refusal {
   explicit operator bool() const { return why != nullptr; }
 };
 
-constexpr int32_t kUnknownRow = -1;
-
-// What one step is going to do on one device, gathered before any of it is done.
-class Plan {
+class TensorList {
  public:
-  Plan(const Rows& rows, c10::Device device)
-      : rows_(rows), device_(device), plain_(device.is_cpu() ? kPlainOnCpu : kPlainOnCuda) {}
+  explicit TensorList(c10::Device device) : device_(device), plain_(device.is_cpu() ? kPlainOnCpu : kPlainOnCuda) {}
 
   const c10::Device& device() const { return device_; }
-  const std::vector<Item>& items() const { return items_; }
+  const TensorEntry* entries() const { return entries_.data(); }
+  int64_t size() const { return static_cast<int64_t>(size_); }
+  const Tiles& tiles() const { return tiles_; }
 
-  void clear() {
-    forget_items();
+  // Another number whenever the entries are not, byte for byte, those of the step before.
+  int64_t version() const { return version_; }
+
+  // Begins a step. The entries of the last one stay where they are, to be compared with.
+  void start() {
+    drop();
     shared_.clear();
   }
 
-  // The memory of the last step serves the next one.
-  void forget_items() {
-    items_.clear();
-    read_.clear();
-    written_.clear();
+  // Begins it again, without tensors that share memory if `finish` has found some.
+  void drop() {
+    size_ = 0;
+    changed_ = moved_ = !is_checked_;
     written_back_.clear();
     copies_.clear();
     held_.clear();
     held_storages_.clear();
-    elements_ = 0;
   }
 
-  // Takes p, g and b (null: none) if they are what nearly all tensors are: float32, plain and contiguous.
-  bool take_usual(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
-    if (row != kUnknownRow && !rows_.fits(row, false)) [[unlikely]]
+  // Takes p, g and b (null: none) if they are what nearly all tensors are: of one dtype, plain and contiguous.
+  [[gnu::flatten]] bool take_usual(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
+    if (!is_usual(p) || (g != nullptr && !is_like(*g, p)) || (b != nullptr && !is_like(*b, p)) || !shared_.empty())
       return false;
-    if (!(usual(p) && (g == nullptr || usual(*g, p)) && (b == nullptr || usual(*b, p)) && shared_.empty())) return false;
-    push(p, p, g, b, b, row, Dtype::float32, Dtype::float32, Dtype::float32);
+    const Dtype dtype = dtype_of(p);
+    push(p, p, g, b, b, row, Dtypes::of(dtype, dtype, dtype));
     return true;
   }
 
-  // Takes p, g and b (null: none) if the kernel can; otherwise says why not and takes nothing. `row`: which of the rows,
-  // or kUnknownRow.
+  // Takes p, g and b (null: none) if a kernel can; otherwise says why not and takes nothing.
   Refusal take(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
     if (take_usual(p, g, b, row)) return {};
-    if (row != kUnknownRow && !rows_.fits(row, is_wide(p, g, b)))
-      return {"the parameter", "is too narrow for a step as large as this"};
     if (const char* why = unwritable(p)) return {"the parameter", why};
     if (g != nullptr) {
       if (const char* why = unsupported(*g)) return {"its gradient", why};
@@ -137,41 +136,58 @@ class Plan {
     const at::Tensor& p_flat = is_dense(p) ? p : copied(p, at::empty_like(p).strides(), true);
     const at::Tensor* g_flat = g == nullptr || same_layout(p_flat, *g) ? g : &copied(*g, p_flat.strides(), false);
     const at::Tensor* b_flat = b == nullptr || same_layout(p_flat, *b) ? b : &copied(*b, p_flat.strides(), true);
-    const Dtype own = dtype_of(p);
-    push(p, p_flat, g_flat, b, b_flat, row, own, g == nullptr ? own : dtype_of(*g), b == nullptr ? own : dtype_of(*b));
+    push(p, p_flat, g_flat, b, b_flat, row, dtypes_of(p, g, b));
     return {};
   }
 
-  // Whether tensors that are written to share memory: threads would write there at once, in no order. The plan then
-  // refuses those tensors until it is cleared, and has to be made anew.
-  bool has_shared_memory() {
-    const uint64_t layout = fingerprint();
-    uint64_t& known = known_layouts_[layout % known_layouts_.size()];
-    if (known == layout && copies_.empty()) return false;
-    shared_ = overlapping();
-    if (!shared_.empty()) return true;
-    known = layout;
+  // Takes out again those tensors of whose row `drops` says that it changes nothing.
+  template <class F>
+  void remove_if(const F& drops) {
+    size_t kept = 0;
+    for (size_t i = 0; i < size_; ++i) {
+      if (drops(entries_[i].row)) continue;
+      entries_[kept] = entries_[i];
+      impls_[kept++] = impls_[i];
+    }
+    if (kept != size_) changed_ = moved_ = true;
+    size_ = kept;
+  }
+
+  // Ends the gathering. Returns whether tensors that are written to share memory: threads would write there at once, in
+  // no order. The list then refuses those, and has to be made again.
+  bool finish() {
+    if (size_ != last_size_) changed_ = moved_ = true;
+    last_size_ = size_;
+    if (changed_ || moved_) ++version_;
+    if (moved_ || !copies_.empty()) {
+      const uint64_t layout = fingerprint();
+      uint64_t& known = known_layouts_[layout % known_layouts_.size()];
+      if (known != layout || !copies_.empty()) {
+        shared_ = overlapping();
+        if (!shared_.empty()) return true;
+        known = layout;
+      }
+      if (device_.is_cpu()) tiles_.make(entries_.data(), size());
+    }
+    is_checked_ = true;
     return false;
   }
 
-  // Letting other threads have the interpreter pays for steps that take longer than the handing over.
-  bool lends_interpreter() const { return device_.is_cpu() && elements_ > 1'000'000; }
+  // Whether the step is long enough to amortise releasing the GIL.
+  bool releases_gil() const { return device_.is_cpu() && size_ != 0 && tiles_.elements > 1'000'000; }
 
   // Keeps tensors and their memory, which Python code that runs before or during the step may drop.
   void hold() {
-    const auto hold_all = [&](const std::vector<c10::TensorImpl*>& impls) {
-      for (c10::TensorImpl* impl : impls) {
-        held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
-        held_storages_.push_back(impl->storage());
-      }
-    };
-    hold_all(read_);
-    hold_all(written_);
+    for (size_t i = 0; i < size_; ++i)
+      for (c10::TensorImpl* impl : {impls_[i].p, impls_[i].b})
+        if (impl != nullptr) held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
+    hold_memory();
   }
 
-  void run() {
-    step_cpu(items_, rows_);
-    write_back();
+  void hold_memory() {
+    for (size_t i = 0; i < size_; ++i)
+      for (const c10::TensorImpl* impl : {impls_[i].p, impls_[i].g, impls_[i].b})
+        if (impl != nullptr) held_storages_.push_back(impl->storage());
   }
 
   // What remains to be done after the kernel.
@@ -180,38 +196,72 @@ class Plan {
   }
 
   void bump_versions() {
-    for (c10::TensorImpl* impl : written_) impl->bump_version();
+    for (size_t i = 0; i < size_; ++i) {
+      impls_[i].p->bump_version();
+      if (impls_[i].b != nullptr) impls_[i].b->bump_version();
+    }
   }
 
  private:
+  struct Impls {
+    c10::TensorImpl *p, *g, *b;  // null: none
+  };
+
   static constexpr c10::DispatchKeySet kPlainOnCpu{c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
                                                    c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU};
   static constexpr c10::DispatchKeySet kPlainOnCuda{c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
                                                     c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA};
 
   // What nearly all tensors are, told at little cost.
-  bool usual(const at::Tensor& t) const {
-    return t.key_set() == plain_ && t.scalar_type() == at::kFloat && t.is_contiguous() &&
-           (device_.is_cpu() || t.device() == device_);
+  bool is_usual(const at::Tensor& t) const {
+    const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
+    if (impl.key_set() != plain_ || !impl.is_contiguous()) return false;
+    const at::ScalarType type = impl.dtype().toScalarType();
+    if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
+    return device_.is_cpu() || impl.device() == device_;
   }
-  bool usual(const at::Tensor& t, const at::Tensor& p) const { return usual(t) && t.sizes() == p.sizes(); }
+
+  bool is_like(const at::Tensor& t, const at::Tensor& p) const {
+    const c10::TensorImpl &impl = *t.unsafeGetTensorImpl(), &of_p = *p.unsafeGetTensorImpl();
+    if (impl.key_set() != plain_ || impl.dtype() != of_p.dtype() || !impl.is_contiguous()) return false;
+    const at::IntArrayRef sizes = impl.sizes(), wanted = of_p.sizes();
+    if (sizes.size() != wanted.size()) return false;
+    for (size_t i = 0; i < sizes.size(); ++i)
+      if (sizes[i] != wanted[i]) return false;
+    return device_.is_cpu() || impl.device() == device_;
+  }
 
   void push(const at::Tensor& p, const at::Tensor& p_flat, const at::Tensor* g_flat, const at::Tensor* b,
-            const at::Tensor* b_flat, int32_t row, Dtype dtype, Dtype g_dtype, Dtype b_dtype) {
-    items_.push_back({
-        .p = p_flat.mutable_data_ptr(),
-        .g = g_flat == nullptr ? nullptr : g_flat->const_data_ptr(),
-        .b = b_flat == nullptr ? nullptr : b_flat->mutable_data_ptr(),
-        .numel = p.numel(),
+            const at::Tensor* b_flat, int32_t row, Dtypes dtypes) {
+    if (size_ == entries_.size()) {
+      entries_.emplace_back();
+      impls_.emplace_back();
+    }
+    TensorEntry& entry = entries_[size_];
+    const TensorEntry made{
+        .p = data_of(p_flat, true),
+        .g = g_flat == nullptr ? nullptr : data_of(*g_flat, false),
+        .b = b_flat == nullptr ? nullptr : data_of(*b_flat, true),
+        .numel = p_flat.unsafeGetTensorImpl()->numel(),
         .row = row,
-        .dtype = dtype,
-        .g_dtype = g_dtype,
-        .b_dtype = b_dtype,
-    });
-    if (g_flat != nullptr) read_.push_back(g_flat->unsafeGetTensorImpl());
-    written_.push_back(p.unsafeGetTensorImpl());
-    if (b != nullptr) written_.push_back(b->unsafeGetTensorImpl());
-    elements_ += p.numel();
+        .dtypes = dtypes,
+        .unused = {},
+    };
+    moved_ |= entry.p != made.p || entry.b != made.b || entry.numel != made.numel || entry.dtypes != made.dtypes;
+    changed_ |= entry.g != made.g || entry.row != made.row;
+    entry = made;
+    is_checked_ = false;
+    impls_[size_++] = {p.unsafeGetTensorImpl(), g_flat == nullptr ? nullptr : g_flat->unsafeGetTensorImpl(),
+                       b == nullptr ? nullptr : b->unsafeGetTensorImpl()};
+  }
+
+  // As mutable_data_ptr and const_data_ptr, whose checks a strided tensor passes. Null: no elements.
+  static void* data_of(const at::Tensor& t, bool is_written) {
+    const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
+    if (impl.numel() == 0) return nullptr;
+    const c10::Storage& storage = impl.unsafe_storage();
+    void* begin = is_written ? storage.mutable_data() : const_cast<void*>(storage.data());
+    return static_cast<char*>(begin) + impl.storage_offset() * static_cast<int64_t>(impl.dtype().itemsize());
   }
 
   // A dense copy, with these strides.
@@ -223,12 +273,12 @@ class Plan {
 
   // Says where in memory the step writes, unless by a collision of 64 bits.
   uint64_t fingerprint() const {
-    uint64_t hash = items_.size();
-    for (const Item& item : items_) {
-      const uint64_t sizes = static_cast<uint64_t>(item.numel) * 16 + static_cast<uint64_t>(item.dtype) * 4 +
-                             static_cast<uint64_t>(item.b_dtype);
-      uint64_t mixed = reinterpret_cast<uintptr_t>(item.p) * 0x9e3779b97f4a7c15 ^
-                       reinterpret_cast<uintptr_t>(item.b) * 0xc2b2ae3d27d4eb4f ^ sizes * 0x165667b19e3779f9;
+    uint64_t hash = size_;
+    for (size_t i = 0; i < size_; ++i) {
+      const TensorEntry& entry = entries_[i];
+      const uint64_t sizes = static_cast<uint64_t>(entry.numel) * 64 + entry.dtypes.bits;
+      uint64_t mixed = reinterpret_cast<uintptr_t>(entry.p) * 0x9e3779b97f4a7c15 ^
+                       reinterpret_cast<uintptr_t>(entry.b) * 0xc2b2ae3d27d4eb4f ^ sizes * 0x165667b19e3779f9;
       mixed ^= mixed >> 32;
       hash = hash * 0xd6e8feb86659fd93 + mixed;
     }
@@ -242,12 +292,14 @@ class Plan {
       const c10::TensorImpl* tensor;
     };
     std::vector<Span> spans;
-    for (const c10::TensorImpl* t : written_) {
-      if (t->numel() == 0) continue;
-      int64_t last = 0;
-      for (int64_t i = 0; i < t->dim(); ++i) last += (t->sizes()[i] - 1) * t->strides()[i];
-      const char* begin = static_cast<const char*>(t->data());
-      spans.push_back({begin, begin + (last + 1) * static_cast<int64_t>(t->itemsize()), t});
+    for (size_t i = 0; i < size_; ++i) {
+      for (const c10::TensorImpl* t : {impls_[i].p, impls_[i].b}) {
+        if (t == nullptr || t->numel() == 0) continue;
+        int64_t last = 0;
+        for (int64_t dim = 0; dim < t->dim(); ++dim) last += (t->sizes()[dim] - 1) * t->strides()[dim];
+        const char* begin = static_cast<const char*>(t->data());
+        spans.push_back({begin, begin + (last + 1) * static_cast<int64_t>(t->itemsize()), t});
+      }
     }
     std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
     std::unordered_set<const c10::TensorImpl*> shared;
@@ -259,18 +311,22 @@ class Plan {
     return shared;
   }
 
-  const Rows& rows_;
   const c10::Device device_;
   const c10::DispatchKeySet plain_;
-  std::vector<Item> items_;
-  std::vector<c10::TensorImpl*> read_, written_;
+  std::vector<TensorEntry> entries_;  // beyond size_: those of the step before
+  std::vector<Impls> impls_;
+  size_t size_ = 0, last_size_ = 0;
+  bool changed_ = true;  // whether some entry differs from that of the step before
+  bool moved_ = true;    // whether one is in other memory
+  bool is_checked_ = false;  // whether the entries are those of a step whose memory was found not to be shared
+  int64_t version_ = 0;
+  Tiles tiles_;                    // on the CPU
   std::deque<at::Tensor> copies_;  // a deque, so that references stay valid
   std::vector<std::pair<at::Tensor, at::Tensor>> written_back_;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
   std::vector<c10::Storage> held_storages_;
   std::unordered_set<const c10::TensorImpl*> shared_;  // tensors that are not taken
   std::array<uint64_t, 64> known_layouts_{};           // fingerprints of memory that is not shared
-  int64_t elements_ = 0;
 };
 
 }  // namespace texp

@@ -29,12 +29,17 @@ struct Row {
     return {U(a_b), U(a_g), U(a_p), U(c_u), U(c_g), U(c_p), U(s_p), U(e), U(r_u), U(r_d)};
   }
 
+  bool operator==(const Row&) const = default;
+
   bool is_finite() const {
     for (const T x : {a_b, a_g, a_p, c_u, c_g, c_p, s_p, e, r_u, r_d})
       if (!std::isfinite(x)) return false;
     return true;
   }
 };
+
+// The row that leaves p and b as they are.
+constexpr Row<double> kKeep{.a_b = 1, .s_p = 1, .r_u = 1};
 
 // Fused by name, so that it does not depend on compiler flags.
 TEXP_INLINE float fused(float x, float y, float z) { return __builtin_fmaf(x, y, z); }

@@ -244,7 +244,7 @@ def test_every_instruction_set_gives_the_same_bits():
                 entries.append(Entry(p, g, b))
             for dtype in DTYPES:
                 p, g, b = (torch.randn(1003, generator=generator).to(dtype) for _ in "pgb")
-                wide = b.float() if dtype != torch.float64 else b.clone()
+                wide = b.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
                 entries += [
                     Entry(p, g, b),
                     Entry(p.clone(), g, wide),

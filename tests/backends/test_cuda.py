@@ -75,7 +75,7 @@ def test_a_step_is_one_launch(groups):
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [event.name for event in events if "Sync" not in event.name]
     assert len(kernels) == 1
-    assert "step_kernel" in kernels[0]
+    assert "apply_kernel" in kernels[0]
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

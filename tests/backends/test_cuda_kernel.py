@@ -1,20 +1,27 @@
-"""csrc/cuda/kernels.cu, compiled for the host with a stand-in for CUDA (cuda_on_host): what it computes, and where
-it writes. The same source is compiled by nvcc in test_cuda_build.py, and run on a GPU by tests marked `gpu`."""
+"""csrc/cuda/kernels.cu, compiled for the host with a stand-in for CUDA (cuda_on_host, beside this): what it computes,
+and where it writes. The same source is compiled by nvcc in test_cuda_build.py, and run on a GPU by tests marked `gpu`.
+"""
 
 import ctypes
+import math
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import texp
+from tests.backends import ctables as tables
 from tests.conftest import same_bits
+from tests.test_theory import hypers
 from texp import theory
 from texp.backends import Kernels
 from texp.backends.reference import Entry
@@ -30,54 +37,9 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of texp::Dtype
-FIXED, STEPPING, IDLE, STATISTIC = range(4)
-BUFFERED, FRESH = 16, 32
-TILE = 4096
+TILE = 2048  # of apply; of float32 it is half of that
+REDUCE_TILE = 8192
 POISON = -7.0
-
-
-class CTensor(ctypes.Structure):
-    _fields_ = (
-        ("p", ctypes.c_void_p),
-        ("g", ctypes.c_void_p),  # or the power of a statistic, as a float64
-        ("b", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("slot", ctypes.c_int32),
-        ("source", ctypes.c_uint16),
-        ("kind", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-    )
-
-
-class CGroup(ctypes.Structure):
-    _fields_ = (
-        ("numbers", ctypes.c_double * 4),  # or pointers
-        ("state", ctypes.c_void_p),
-        ("where", ctypes.c_uint8 * 4),
-        ("nesterov", ctypes.c_bool),
-        ("maximize", ctypes.c_bool),
-        ("scale_invariant", ctypes.c_bool),
-        ("unbuffered", ctypes.c_bool),
-        ("ends", ctypes.c_bool),
-    )
-
-
-class CState(ctypes.Structure):
-    _fields_ = (
-        ("P", ctypes.c_double),
-        ("kappa", ctypes.c_double),
-        ("exponent", ctypes.c_int64),
-        ("started", ctypes.c_int64),
-    )
-
-
-class CDevice(ctypes.Structure):
-    _fields_ = (
-        ("grad_scale", ctypes.c_void_p),
-        ("found_inf", ctypes.c_void_p),
-        ("started", ctypes.c_void_p),
-        ("ticket", ctypes.c_void_p),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -88,56 +50,103 @@ def kernel(tmp_path_factory):
     command += [f"-I{ROOT / 'tests' / 'backends' / 'cuda_on_host'}", f"-I{ROOT / 'csrc'}", "-x", "c++"]
     subprocess.run([*command, str(ROOT / "csrc" / "cuda" / "kernels.cu"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.texp_cuda_step.restype = loaded.texp_cuda_load.restype = ctypes.c_char_p
-    loaded.texp_cuda_step.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64) + (
-        ctypes.c_void_p,
-    ) * 3
+    pointer, n = ctypes.c_void_p, ctypes.c_int64
+    for name, arguments in {
+        "apply": (pointer, n, pointer, pointer, pointer),
+        "advance": (pointer, n, pointer, n, pointer),
+        "reduce": (pointer, n, pointer, pointer),
+        "load": (),
+    }.items():
+        function = getattr(loaded, f"texp_cuda_{name}")
+        function.restype = ctypes.c_char_p
+        function.argtypes = (ctypes.c_int, pointer, *arguments) if arguments else (ctypes.c_int,)
+    loaded.texp_cuda_reduce_workspace.restype = n
+    loaded.texp_cuda_reduce_workspace.argtypes = (pointer, n)
     yield loaded
     assert loaded.misaligned_so_far() == 0
 
 
-def pointer(tensor: torch.Tensor | None) -> int | None:
+def test_tables_are_laid_out_as_the_compiler_does(tmp_path):
+    values = []  # pairs of what C++ calls it and what it is in Python
+    for struct in tables.STRUCTS:
+        name = "texp::Row<double>" if struct is tables.Row else f"texp::{struct.__name__}"
+        values.append((f"sizeof({name})", ctypes.sizeof(struct)))
+        for member, _ in struct._fields_:
+            values.append((f"offsetof({name}, {member})", getattr(struct, member).offset))
+            values.append((f"sizeof({name}::{member})", getattr(struct, member).size))
+    for enum, members in tables.ENUMS.items():
+        values += [(f"int(texp::{enum}::{member})", i) for i, member in enumerate(members)]
+    dtypes = product(enumerate(tables.ENUMS["Dtype"]), repeat=3)
+    for (i, p), (j, g), (k, b) in dtypes:
+        expression = "texp::Dtypes::of({}).bits".format(", ".join(f"texp::Dtype::{x}" for x in (p, g, b)))
+        values.append((expression, i | j << 2 | k << 4))
+    source = tmp_path / "tables.cpp"
+    checks = "".join(f'static_assert({cpp} == {value}, "{value}");\n' for cpp, value in values)
+    source.write_text(f'#include <cstddef>\n#include "tables.h"\n{checks}')
+    subprocess.run([COMPILER, "-std=c++20", f"-I{ROOT / 'csrc'}", "-fsyntax-only", str(source)], check=True)
+
+
+def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-def ctensor(entry: Entry, source: int, kind: int = FIXED, slot: int = 0) -> CTensor:
+def tensor_entry(entry: Entry, row: int = 0) -> tables.TensorEntry:
     p, g, b = entry
     of_p, of_g, of_b = (DTYPES.index((p if x is None else x).dtype) for x in entry)
-    dtypes = of_p | of_b << 2 | of_g << 6
-    return CTensor(pointer(p), pointer(g), pointer(b), p.numel(), slot, source, kind, dtypes)
+    return tables.TensorEntry(address(p), address(g), address(b), p.numel(), row, of_p | of_g << 2 | of_b << 4)
 
 
-def apply(kernel, entries: list[tuple[Row, Entry]]) -> int:
-    """Returns how many launches it took."""
-    rows = list(dict.fromkeys(row for row, _ in entries))
-    before = kernel.launches_so_far()
-    error = kernel.texp_cuda_step(
-        0,
-        None,
-        (CTensor * len(entries))(*(ctensor(entry, rows.index(row)) for row, entry in entries)),
-        len(entries),
-        (ctypes.c_double * (10 * len(rows)))(*(x for row in rows for x in row)),
-        None,
-        None,
-    )
-    assert error is None
-    return kernel.launches_so_far() - before
+def array(struct: type, items: list) -> bytes:
+    return bytes((struct * len(items))(*items))
 
 
-@pytest.mark.parametrize("current", [0, 1, 2])
-@pytest.mark.parametrize("device", [0, 1])
-def test_it_launches_on_the_device_of_the_tensors(kernel, current, device):
-    """And leaves the device current that was."""
-    kernel.cudaSetDevice(current)
-    try:
-        row, tensor = (ctypes.c_double * 10)(*Row()), ctensor(Entry(torch.ones(3)), 0)
-        assert kernel.texp_cuda_step(device, None, ctypes.byref(tensor), 1, row, None, None) is None
-        assert kernel.launched_on() == device
-        assert kernel.current_device() == current
-        assert kernel.texp_cuda_load(device) is None
-        assert kernel.current_device() == current
-    finally:
-        kernel.cudaSetDevice(0)
+def row_array(rows: list[Row]) -> bytes:
+    return array(tables.Row, [tables.Row(*row) for row in rows])
+
+
+class Launcher:
+    """Takes the place of the launches: gives tables, as the host side makes them, to the kernels compiled for the
+    host."""
+
+    capturable = True
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+
+    def apply(self, device: str, version: int, tensors: bytes, rows: bytes) -> None:
+        n, table = self._table(tables.TensorEntry, tensors)
+        self._check(self.kernel.texp_cuda_apply(0, None, table, n, self._table(tables.Row, rows)[1], None, None))
+
+    def step_on_device(
+        self, version: int, tensors: bytes, groups: bytes, requests: bytes, state, grad_scale, found_inf, capturing
+    ) -> None:
+        n, table = self._table(tables.TensorEntry, tensors)
+        n_groups, groups = self._table(tables.GroupEntry, groups)
+        n_requests, requests = self._table(tables.RowRequest, requests)
+        assert n == n_requests
+        self.rows, self.skip = torch.full((n, 10), POISON, dtype=torch.float64), torch.tensor([-1], dtype=torch.int32)
+        where = (grad_scale, found_inf, state.momentum_initialized, self.rows, self.skip)
+        step = tables.DeviceStep(*map(address, where))
+        self._check(self.kernel.texp_cuda_advance(0, None, groups, n_groups, requests, n, ctypes.byref(step)))
+        arguments = (table, n, None, address(self.rows), address(self.skip))
+        self._check(self.kernel.texp_cuda_apply(0, None, *arguments))
+
+    def reduce(self, device: str, tensors: bytes) -> Tensor:
+        n, table = self._table(tables.TensorEntry, tensors)
+        used = self.kernel.texp_cuda_reduce_workspace(table, n)
+        workspace, sums = (torch.full((size + 1,), POISON, dtype=torch.float64) for size in (used, 2 * n))
+        self._check(self.kernel.texp_cuda_reduce(0, None, table, n, sums.data_ptr(), workspace.data_ptr()))
+        assert workspace[-1] == sums[-1] == POISON
+        return sums[:-1].view(n, 2)
+
+    @staticmethod
+    def _table(struct: type, of: bytes) -> tuple[int, ctypes.Array]:
+        n = len(of) // ctypes.sizeof(struct)
+        return n, (struct * n).from_buffer_copy(of)
+
+    @staticmethod
+    def _check(error: bytes | None) -> None:
+        assert error is None
 
 
 HYPERS = [
@@ -158,136 +167,407 @@ def rows_of(hyper: Hyperparameters) -> tuple[Row, Row, Row]:
     return step.running, step.first, step.idle
 
 
-SIZES = [0, 1, 3, 4, 5, 255, 1023, 1024, 1025, TILE - 1, TILE, TILE + 1, 2 * TILE + 7]
+def poisoned(size: int, dtype: torch.dtype, offset: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Normal numbers in the middle of a poisoned storage, aligned or not, and that storage."""
+    storage = torch.full((size + 32,), POISON, dtype=dtype)
+    inside = storage[16 + offset :][:size]
+    inside.copy_(torch.randn(size, generator=generator))
+    return inside, storage
 
 
-@pytest.mark.parametrize("hyper", HYPERS, ids=str)
-def test_it_has_the_bits_of_the_cpu(kernel, hyper):
-    """Every dtype, with and without gradient and buffer, aligned or not, in one launch, between poisoned elements."""
-    usual = [
-        (dtype, dtype, b_dtype)
-        for dtype in DTYPES
-        for b_dtype in (dtype, torch.float32 if dtype != torch.float64 else None, None)
-    ]
-    assert check_bits(kernel, hyper, SIZES, usual) == 1
+OFFSETS = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 3, 3)]  # of p, g and b
+SIZES = [0, 1, 3, 4, 5, 255, TILE // 2 - 1, TILE // 2, TILE // 2 + 1, TILE - 1, TILE, TILE + 1, 2 * TILE + 7]
 
 
-@pytest.mark.parametrize("hyper", HYPERS[-3:], ids=str)
-def test_any_mix_of_dtypes_has_them_too(kernel, hyper):
-    """Those among them that the usual kernel takes go the same way as the others."""
-    check_bits(kernel, hyper, [0, 1, 3, 5, 1023, 1025, TILE + 1], list(product(DTYPES, DTYPES, [*DTYPES, None])))
+class TestApply:
+    @staticmethod
+    def apply(kernel, entries: list[tuple[Row, Entry]], in_device_memory: bool = False, skip: int = 0) -> int:
+        """Returns how many launches it took."""
+        before = kernel.launches_so_far()
+        if in_device_memory:  # a row for each tensor, as `advance` leaves them
+            tensors = [tensor_entry(entry, i) for i, (_, entry) in enumerate(entries)]
+            rows = torch.tensor([row for row, _ in entries], dtype=torch.float64)
+            flag = torch.tensor([skip], dtype=torch.int32)
+            table = array(tables.TensorEntry, tensors)
+            arguments = (table, len(tensors), None, rows.data_ptr(), flag.data_ptr())
+            assert kernel.texp_cuda_apply(0, None, *arguments) is None
+        else:
+            rows = list(dict.fromkeys(row for row, _ in entries))
+            tensors = [tensor_entry(entry, rows.index(row)) for row, entry in entries]
+            Launcher(kernel).apply("cpu", 0, array(tables.TensorEntry, tensors), row_array(rows))
+        return kernel.launches_so_far() - before
+
+    @pytest.mark.parametrize("in_device_memory", [False, True])
+    @pytest.mark.parametrize("hyper", HYPERS, ids=str)
+    def test_it_has_the_bits_of_the_cpu(self, kernel, hyper, in_device_memory):
+        """Every dtype, with and without gradient and buffer, aligned or not, in one launch, between poisoned ones."""
+        usual = [
+            (dtype, dtype, b_dtype)
+            for dtype in DTYPES
+            for b_dtype in (dtype, torch.float32 if dtype != torch.float64 else None, None)
+        ]
+        assert self.check_bits(kernel, hyper, SIZES, usual, in_device_memory) == 1
+
+    @pytest.mark.parametrize("in_device_memory", [False, True])
+    @pytest.mark.parametrize("hyper", HYPERS[-3:], ids=str)
+    def test_any_mix_of_dtypes_has_them_too(self, kernel, hyper, in_device_memory):
+        """Those among them that the usual kernel takes go the same way as the others."""
+        mixes = list(product(DTYPES, DTYPES, [*DTYPES, None]))
+        self.check_bits(kernel, hyper, [0, 1, 3, 5, 1023, 1025, TILE + 1], mixes, in_device_memory)
+
+    def check_bits(
+        self, kernel, hyper: Hyperparameters, sizes: list[int], mixes: list[tuple], in_device_memory: bool
+    ) -> int:
+        """Returns how many launches it took. mixes: dtypes of p, g and b, or None where there is no buffer."""
+        generator = torch.Generator().manual_seed(0)
+        entries, twins = [], []
+        for i, size in enumerate(sizes):
+            for p_dtype, g_dtype, b_dtype in mixes:
+                of_p, of_g, of_b = OFFSETS[i % 5]
+                p, p_storage = poisoned(size, p_dtype, of_p, generator)
+                g, g_storage = poisoned(size, g_dtype, of_g, generator)
+                b, b_storage = (None, None) if b_dtype is None else poisoned(size, b_dtype, of_b, generator)
+                row = rows_of(hyper)[(i + len(entries)) % 3]
+                g = g if (i + len(entries)) % 3 != 2 else None  # idle rows are for tensors without one
+                entries.append((row, Entry(p, g, b)))
+                twins.append(
+                    (Entry(*(x if x is None else x.clone() for x in (p, g, b))), p_storage, b_storage, g_storage)
+                )
+        launches = self.apply(kernel, entries, in_device_memory)
+        for (row, (p, g, b)), (twin, p_storage, b_storage, g_storage) in zip(entries, twins, strict=True):
+            core.apply(row, [twin])
+            assert same_bits(p, twin.param)
+            assert b is None or same_bits(b, twin.buf)
+            assert g is None or same_bits(g, twin.grad)
+            for inside, storage in ((p, p_storage), (b, b_storage), (g, g_storage)):
+                if inside is not None:
+                    inside.fill_(POISON)
+                    assert (storage == POISON).all()
+        return launches
+
+    @pytest.mark.parametrize("in_device_memory", [False, True])
+    def test_more_tensors_and_rows_than_fit_one_launch(self, kernel, in_device_memory):
+        generator = torch.Generator().manual_seed(0)
+        entries = []
+        for i in range(1500):
+            row = Row(a_g=1.0, c_u=1.0, e=0.5 + i // 5)  # 300 of them
+            entries.append((row, Entry(torch.randn(3, generator=generator), torch.randn(3, generator=generator))))
+        expected = [entry.param - row.e * entry.grad for row, entry in entries]
+        assert 2 <= self.apply(kernel, entries, in_device_memory) <= 4
+        for (_, entry), q in zip(entries, expected, strict=True):
+            assert torch.allclose(entry.param, q)
+
+    @pytest.mark.parametrize("in_device_memory", [False, True])
+    @pytest.mark.parametrize("sizes", [[], [0], [0, 0, 5], [5, 0], [0, TILE, 0, 1, 0]], ids=str)
+    def test_empty_tensors(self, kernel, sizes, in_device_memory):
+        """Where there is nothing to do, nothing is launched."""
+        entries = [(Row(c_g=1.0, e=-1.0), Entry(torch.zeros(size), torch.ones(size))) for size in sizes]
+        assert self.apply(kernel, entries, in_device_memory) == any(sizes)
+        assert all((entry.param == 1).all() for _, entry in entries)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # and a buffer of float32: usual, and not
+    def test_a_skipped_step_changes_nothing(self, kernel, dtype):
+        entry = Entry(torch.ones(5), torch.ones(5, dtype=dtype), torch.ones(5))
+        row = Row(s_p=2.0, r_u=3.0, a_b=1.0)
+        self.apply(kernel, [(row, entry)], in_device_memory=True, skip=1)
+        assert (entry.param == 1).all()
+        assert (entry.buf == 1).all()
+        self.apply(kernel, [(row, entry)], in_device_memory=True)
+        assert (entry.param == 2).all()
+        assert (entry.buf == 3).all()
+
+    def test_a_dependent_launch_is_the_first_after_advance(self, kernel):
+        """Of several launches the others follow it; those with rows of the host never are."""
+        kernel.texp_cuda_use_dependent_launch(True)
+        try:
+            entries = [(Row(c_g=1.0, e=-1.0), Entry(torch.zeros(3), torch.ones(3))) for _ in range(1000)]
+            before = kernel.dependent_launches_so_far()
+            self.apply(kernel, entries)
+            assert kernel.dependent_launches_so_far() == before
+            assert self.apply(kernel, entries, in_device_memory=True) > 1
+            assert kernel.dependent_launches_so_far() == before + 1
+            assert all((entry.param == 2).all() for _, entry in entries)
+        finally:
+            kernel.texp_cuda_use_dependent_launch(False)
 
 
-def check_bits(kernel, hyper: Hyperparameters, sizes: list[int], mixes: list[tuple]) -> int:
-    """Returns how many launches it took. mixes: dtypes of p, g and b, or None where there is no buffer."""
-    generator = torch.Generator().manual_seed(0)
-    entries, twins = [], []
+@pytest.mark.parametrize("current", [0, 1, 2])
+@pytest.mark.parametrize("device", [0, 1])
+def test_launches_are_on_the_device_of_the_tensors(kernel, current, device):
+    """And leave the device current that was."""
+    p, scale = torch.ones(3), tables.DeviceScale(1.0)
+    tensor, group = tensor_entry(Entry(p)), tables.GroupEntry(scale=ctypes.addressof(scale))
+    skip, sums = torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.float64)
+    step = tables.DeviceStep(skip=address(skip))
+    kernel.cudaSetDevice(current)
+    try:
+        for function, *arguments in (
+            (kernel.texp_cuda_apply, ctypes.byref(tensor), 1, row_array([Row()]), None, None),
+            (kernel.texp_cuda_advance, ctypes.byref(group), 1, None, 0, ctypes.byref(step)),
+            (kernel.texp_cuda_reduce, ctypes.byref(tensor), 1, sums.data_ptr(), sums.data_ptr() + 16),
+        ):
+            assert function(device, None, *arguments) is None
+            assert kernel.launched_on() == device
+            assert kernel.current_device() == current
+        assert kernel.texp_cuda_load(device) is None
+        assert kernel.current_device() == current
+    finally:
+        kernel.cudaSetDevice(0)
+    assert sums[:2].tolist() == [3, 0]
+    assert scale.P == 1
 
-    def make(size: int, dtype: torch.dtype, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
-        storage = torch.full((size + 32,), POISON, dtype=dtype)
-        inside = storage[16 + offset :][:size]
-        inside.copy_(torch.randn(size, generator=generator))
-        return inside, storage
 
-    for i, size in enumerate(sizes):
-        for p_dtype, g_dtype, b_dtype in mixes:
-            offsets = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 3, 3)][i % 5]
-            (p, p_storage), (g, g_storage) = make(size, p_dtype, offsets[0]), make(size, g_dtype, offsets[1])
-            b, b_storage = (None, None) if b_dtype is None else make(size, b_dtype, offsets[2])
-            row = rows_of(hyper)[(i + len(entries)) % 3]
-            g = g if (i + len(entries)) % 3 != 2 else None  # idle rows are for tensors without one
-            entries.append((row, Entry(p, g, b)))
-            twins.append(
-                (Entry(*(x if x is None else x.clone() for x in (p, g, b))), p_storage, b_storage, g_storage)
+@dataclass
+class Group:
+    """A group as `advance` sees it, and what theory says of its step."""
+
+    hyper: Hyperparameters
+    scale: Scale
+    momentum_initialized: bool = False  # of any tensor
+    without_buffers: bool = False
+    numbers_in: tuple[int, int, int, int] = (0, 0, 0, 0)
+    tensors: list[tuple] = field(default_factory=list)  # kind, power, has_buffer, newly_allocated, initialized
+
+    @property
+    def first(self) -> bool:
+        return self.without_buffers or not self.momentum_initialized
+
+    def row(self, step: theory.Step, kind: int, power: float, has_buffer: bool, new: bool, initialized: bool) -> Row:
+        empty = has_buffer and (new or not initialized)
+        if kind == tables.STATISTIC:
+            return step.norm_stat(power)
+        if kind == tables.IDLE:
+            return step.idle._replace(a_p=0.0) if empty else step.idle
+        return step.first if self.hyper.momentum != 0 and empty else step.running
+
+    def is_initialized_after(self, kind: int, power: float, has_buffer: bool, new: bool, initialized: bool) -> bool:
+        return initialized or (kind == tables.STEP and has_buffer and self.hyper.momentum != 0)
+
+
+class TestAdvance:
+    @staticmethod
+    def advance(kernel, groups: list[Group], grad_scale: float | None = None, found_inf: float | None = None) -> int:
+        """Compares all that is written with theory, bit for bit. Returns how many launches it took."""
+        scales = (tables.DeviceScale * len(groups))()
+        entries, requests, kept = [], [], []
+        for scale, group in zip(scales, groups, strict=True):
+            P, exponent, kappa = group.scale
+            scale.P, scale.kappa, scale.exponent = P, kappa, exponent
+            scale.momentum_initialized = group.momentum_initialized
+            entry = tables.GroupEntry(scale=ctypes.addressof(scale), begin=len(requests))
+            for i, (name, place) in enumerate(zip(group.hyper._fields, group.numbers_in, strict=False)):
+                value = getattr(group.hyper, name)
+                getattr(entry, "in")[i] = place
+                if place == tables.IN_HOST:
+                    getattr(entry, name).value = value
+                else:
+                    dtype = torch.float32 if place == tables.IN_FLOAT32 else torch.float64
+                    kept.append(torch.tensor(value, dtype=dtype))
+                    getattr(entry, name).at = kept[-1].data_ptr()
+                    group.hyper = group.hyper._replace(**{name: kept[-1].item()})
+            for name in ("nesterov", "maximize", "scale_invariant"):
+                setattr(entry, name, getattr(group.hyper, name))
+            entry.without_buffers = group.without_buffers
+            for kind, power, has_buffer, new, _ in group.tensors:
+                requests.append(tables.RowRequest(power, len(entries), len(requests), kind, has_buffer, new))
+            entry.end = len(requests)
+            entries.append(entry)
+        initialized = torch.tensor([x[-1] for group in groups for x in group.tensors] + [True]).to(torch.uint8)
+        rows = torch.full((len(requests) + 1, 10), POISON, dtype=torch.float64)
+        skip = torch.tensor([-1], dtype=torch.int32)
+        optional = [None if x is None else torch.tensor(x) for x in (grad_scale, found_inf)]
+        step = tables.DeviceStep(*map(address, (*optional, initialized, rows, skip)))
+        before, scales_before, initialized_before = kernel.launches_so_far(), bytes(scales), initialized.clone()
+        error = kernel.texp_cuda_advance(
+            0,
+            None,
+            array(tables.GroupEntry, entries),
+            len(entries),
+            array(tables.RowRequest, requests),
+            len(requests),
+            ctypes.byref(step),
+        )
+        assert error is None
+        launches = kernel.launches_so_far() - before
+        assert skip.item() == (bool(found_inf) if groups else -1)
+        if found_inf or not groups:
+            assert (rows == POISON).all()
+            assert bytes(scales) == scales_before
+            assert torch.equal(initialized, initialized_before)
+            return launches
+        expected, expected_initialized = [], []
+        for scale, group in zip(scales, groups, strict=True):
+            of_group = theory.advance(group.scale, group.hyper, first=group.first, grad_scale=grad_scale or 1.0)
+            expected += [group.row(of_group, *x) for x in group.tensors]
+            expected_initialized += [group.is_initialized_after(*x) for x in group.tensors]
+            assert Scale(scale.P, scale.exponent, scale.kappa) == of_group.scale
+            assert scale.momentum_initialized == (not group.first or group.hyper.momentum != 0)
+        expected.append(Row(*[POISON] * 10))
+        assert [Row(*row) for row in rows.tolist()] == expected
+        assert initialized.tolist() == [*expected_initialized, True]
+        return launches
+
+    ALL = list(product(range(3), [1.0, 2.0, 3.0], *[[False, True]] * 3))  # tensors of every sort
+
+    @settings(max_examples=60)
+    @given(
+        hyper=hypers,
+        P=st.floats(1, 2, exclude_max=True),
+        exponent=st.integers(-5, 5000),
+        kappa=st.floats(0, 100, allow_subnormal=False),
+        momentum_initialized=st.booleans(),
+        without_buffers=st.booleans(),
+        numbers_in=st.tuples(*[st.integers(0, 2)] * 4),
+        grad_scale=st.sampled_from([None, 1.0, 2.0**16, 3.0]),
+        found_inf=st.sampled_from([None, 0.0, 0.0, 1.0, math.nan]),
+    )
+    def test_it_has_the_bits_of_theory(
+        self,
+        kernel,
+        hyper,
+        P,
+        exponent,
+        kappa,
+        momentum_initialized,
+        without_buffers,
+        numbers_in,
+        grad_scale,
+        found_inf,
+    ):
+        group = Group(hyper, Scale(P, exponent, kappa), momentum_initialized, without_buffers, numbers_in, self.ALL)
+        assert self.advance(kernel, [group], grad_scale, found_inf) == 1
+
+    @pytest.mark.parametrize(
+        ("sizes", "launches"),
+        [
+            ([], 0),
+            ([0], 1),
+            ([0, 0, 3, 0], 1),
+            ([1, 3000, 0, 2], 3),
+            ([2000, 2000, 2000], 5),
+            ([0] * 1500, 3),
+            ([1] * 465, 2),
+        ],
+        ids=lambda x: str(x)[:20],
+    )
+    @pytest.mark.parametrize("found_inf", [0.0, 1.0])
+    def test_any_number_of_groups_and_tensors(self, kernel, sizes, launches, found_inf):
+        """A group over several launches advances once, and all of its rows are those of the same step."""
+        groups = [
+            Group(
+                HYPERS[i % len(HYPERS)]._replace(lr=0.1 + i / 1024),
+                Scale(1 + i / 2048, i, 0.25) if HYPERS[i % len(HYPERS)].scale_invariant else Scale(),
+                momentum_initialized=i % 2 == 1,
+                tensors=[self.ALL[j % len(self.ALL)] for j in range(size)],
             )
-    launches = apply(kernel, entries)
-    for (row, (p, g, b)), (twin, p_storage, b_storage, g_storage) in zip(entries, twins, strict=True):
-        core.apply(row, [twin])
-        assert same_bits(p, twin.param)
-        assert b is None or same_bits(b, twin.buf)
-        assert g is None or same_bits(g, twin.grad)
-        for inside, storage in ((p, p_storage), (b, b_storage), (g, g_storage)):
-            if inside is not None:
-                inside.fill_(POISON)
-                assert (storage == POISON).all()
-    return launches
+            for i, size in enumerate(sizes)
+        ]
+        assert self.advance(kernel, groups, 2.0, found_inf) == launches
 
 
-def test_more_tensors_and_rows_than_fit_one_launch(kernel):
-    generator = torch.Generator().manual_seed(0)
-    entries = []
-    for i in range(1500):
-        row = Row(a_g=1.0, c_u=1.0, e=0.5 + i // 5)  # 300 of them
-        entries.append((row, Entry(torch.randn(3, generator=generator), torch.randn(3, generator=generator))))
-    expected = [entry.param - row.e * entry.grad for row, entry in entries]
-    assert 2 <= apply(kernel, entries) <= 4
-    for (_, entry), q in zip(entries, expected, strict=True):
-        assert torch.allclose(entry.param, q)
+class TestReduce:
+    """Sums of squares."""
 
+    def test_every_dtype_and_size(self, kernel):
+        """Between poisoned elements, aligned or not."""
+        generator = torch.Generator().manual_seed(0)
+        sizes = [0, 1, 3, 7, 8, 255, 1023, 1025, REDUCE_TILE - 1, REDUCE_TILE, 3 * REDUCE_TILE + 5]
+        entries = []
+        for i, (size, p_dtype) in enumerate(product(sizes, DTYPES)):
+            g_dtype = DTYPES[(i + i // 4) % 4]  # each with each
+            of_p, of_g, _ = OFFSETS[i % 5]
+            (p, _), (g, _) = poisoned(size, p_dtype, of_p, generator), poisoned(size, g_dtype, of_g, generator)
+            entries.append(Entry(p, g if i % 3 else None))
+        self.check(kernel, entries, launches=2)
 
-@pytest.mark.parametrize("sizes", [[0], [0, 0, 5], [5, 0], [0, TILE, 0, 1, 0]], ids=str)
-def test_empty_tensors(kernel, sizes):
-    entries = [(Row(c_g=1.0, e=-1.0), Entry(torch.zeros(size), torch.ones(size))) for size in sizes]
-    assert apply(kernel, entries) == 1
-    assert all((entry.param == 1).all() for _, entry in entries)
+    def test_more_tensors_than_fit_one_launch(self, kernel):
+        generator = torch.Generator().manual_seed(0)
+        make = lambda i: torch.randn(i % 5, generator=generator)  # noqa: E731
+        self.check(kernel, [Entry(make(i), make(i)) for i in range(1000)], launches=4)
+
+    @pytest.mark.parametrize("sizes", [[], [0], [0, 3, 0]], ids=str)
+    def test_empty_tensors(self, kernel, sizes):
+        """Their sums are 0, and where there is nothing to write nothing is launched."""
+        self.check(kernel, [Entry(torch.ones(size)) for size in sizes], launches=len(sizes) and 1 + any(sizes))
+
+    def test_products_are_in_float64(self, kernel):
+        p, g = torch.full((300,), 1e30), torch.full((300,), 1e-30)
+        assert p.square().isinf().all()
+        assert (g.square() == 0).all()
+        self.check(kernel, [Entry(p, g)], launches=2)
+
+    def test_infinite_gradients_are_seen(self, kernel):
+        for value in (math.inf, -math.inf, math.nan):
+            g = torch.ones(5000)
+            g[4321] = value
+            (of_p, of_g), *_ = Launcher(kernel).reduce("cpu", array(tables.TensorEntry, [tensor_entry(Entry(g, g))]))
+            assert not math.isfinite(of_p)
+            assert not math.isfinite(of_g)
+
+    def check(self, kernel, entries: list[Entry], launches: int) -> None:
+        """Against exact sums; and a tensor's bits do not depend on what else is in the launch."""
+        launcher, before = Launcher(kernel), kernel.launches_so_far()
+        tensors = [tensor_entry(entry) for entry in entries]
+        sums = launcher.reduce("cpu", array(tables.TensorEntry, tensors))
+        assert kernel.launches_so_far() - before == launches
+        for (p, g, _), actual in zip(entries, sums.tolist(), strict=True):
+            for x, of_x in zip((p, g), actual, strict=True):
+                exact = 0.0 if x is None else math.fsum(value * value for value in x.double().tolist())
+                # Each square passes at most 33 sums in its thread and 30 in its block, and 31 more over tiles.
+                assert abs(of_x - exact) <= 100 * 2**-53 * exact
+        for i in {0, len(tensors) // 2, len(tensors) - 1} if tensors else ():
+            alone = launcher.reduce("cpu", array(tables.TensorEntry, tensors[i : i + 1]))
+            assert same_bits(alone[0], sums[i])
 
 
 @dataclass
 class OnDevice:
-    """The host side of groups whose scales are on the device, in Python; hyperparameters are read by pointer."""
+    """The host side of groups whose scales are on the device, in Python."""
 
     kernel: ctypes.CDLL
     groups: list[dict]  # params, bufs, stats, hyper
-    states: ctypes.Array = field(init=False)
+    scales: ctypes.Array = field(init=False)
 
     def __post_init__(self):
-        self.states = (CState * len(self.groups))(*(CState(1.0, 0.0, 0, 0) for _ in self.groups))
-        self.started = torch.zeros(sum(len(group["params"]) for group in self.groups), dtype=torch.uint8)
-        self.ticket = torch.zeros(1, dtype=torch.int32)
+        self.scales = (tables.DeviceScale * len(self.groups))(*(tables.DeviceScale(1.0) for _ in self.groups))
+        slots = sum(len(group["params"]) for group in self.groups)
+        self.momentum_initialized = torch.zeros(slots, dtype=torch.uint8)
         self.buffered = set()  # slots for which the host has made a buffer
 
-    def step(self, grads: list[list[torch.Tensor | None]], grad_scale: float, found_inf: bool) -> int:
-        tensors, groups, slot, made = [], [], 0, set()
-        self.kept = []
+    def step(self, grads: list[list[Tensor | None]], grad_scale: float, found_inf: bool) -> int:
+        tensors, groups, requests, slot, made = [], [], [], 0, set()
         for index, (group, gs) in enumerate(zip(self.groups, grads, strict=True)):
             hyper = group["hyper"]
-            numbers = (hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay)
-            where = [index % 3] * 4  # host, float32, float64
-            if index % 3:
-                self.kept += [torch.tensor(x, dtype=(torch.float32, torch.float64)[index % 3 - 1]) for x in numbers]
-                pointers = (ctypes.c_int64 * 4)(*(x.data_ptr() for x in self.kept[-4:]))
-                numbers = (ctypes.c_double * 4).from_buffer(pointers)
+            numbers = [tables.Number(value) for value in hyper[:4]]
             slots = range(slot, slot + len(group["params"]))
-            flags = (hyper.nesterov, hyper.maximize, hyper.scale_invariant, self.buffered.isdisjoint(slots), False)
-            state = ctypes.addressof(self.states[index])
-            groups.append(CGroup((ctypes.c_double * 4)(*numbers), state, (ctypes.c_uint8 * 4)(*where), *flags))
+            begin = len(requests)
             for p, b, g in zip(group["params"], group["bufs"], gs, strict=True):
-                fresh = slot not in self.buffered and g is not None and hyper.momentum != 0
-                has_buf = fresh or slot in self.buffered
-                tensors.append(
-                    ctensor(Entry(p, g, b if has_buf else None), index, IDLE if g is None else STEPPING, slot)
-                )
-                tensors[-1].bits |= has_buf * BUFFERED + fresh * FRESH
-                if has_buf:
+                new = slot not in self.buffered and g is not None and hyper.momentum != 0
+                has_buffer = new or slot in self.buffered
+                tensors.append(tensor_entry(Entry(p, g, b if has_buffer else None), len(tensors)))
+                kind = tables.IDLE if g is None else tables.STEP
+                requests.append(tables.RowRequest(0.0, index, slot, kind, has_buffer, new))
+                if has_buffer:
                     made.add(slot)
                 slot += 1
             for stat, power in group["stats"]:
-                tensors.append(ctensor(Entry(stat), index, STATISTIC))
-                tensors[-1].g = ctypes.c_int64.from_buffer(ctypes.c_double(power)).value
-        scale, inf = torch.tensor(grad_scale), torch.tensor(float(found_inf))
-        device = CDevice(scale.data_ptr(), inf.data_ptr(), self.started.data_ptr(), self.ticket.data_ptr())
+                tensors.append(tensor_entry(Entry(stat), len(tensors)))
+                requests.append(tables.RowRequest(power, index, 0, tables.STATISTIC))
+            flags = (hyper.nesterov, hyper.maximize, hyper.scale_invariant, self.buffered.isdisjoint(slots))
+            where = (ctypes.addressof(self.scales[index]), begin, len(requests), (ctypes.c_uint8 * 4)())
+            groups.append(tables.GroupEntry(*numbers, *where, *flags))
         before = self.kernel.launches_so_far()
-        error = self.kernel.texp_cuda_step(
+        state = SimpleNamespace(momentum_initialized=self.momentum_initialized)
+        Launcher(self.kernel).step_on_device(
             0,
-            None,
-            (CTensor * len(tensors))(*tensors),
-            len(tensors),
-            None,
-            (CGroup * len(groups))(*groups),
-            ctypes.byref(device),
+            array(tables.TensorEntry, tensors),
+            array(tables.GroupEntry, groups),
+            array(tables.RowRequest, requests),
+            state,
+            torch.tensor(grad_scale),
+            torch.tensor(float(found_inf)),
+            False,
         )
-        assert error is None
-        assert self.ticket.item() == 0
         self.buffered |= made
         return self.kernel.launches_so_far() - before
 
@@ -295,12 +575,12 @@ class OnDevice:
 @pytest.mark.parametrize(
     ("copies", "tensors"),
     [
-        pytest.param(1, 1, id="one launch"),
+        pytest.param(1, 1, id="two launches"),
         pytest.param(40, 1, id="many groups, several launches"),
         pytest.param(1, 90, id="groups over several launches"),
     ],
 )
-def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies, tensors):
+def test_steps_on_the_device_are_those_of_the_cpu(kernel, copies, tensors):
     """Over a schedule with overflows, late and missing gradients, bit for bit."""
     hypers = [
         Hyperparameters(0.5, 0.75, 0.25, 0.5, scale_invariant=True),
@@ -314,7 +594,7 @@ def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies, tensors):
     groups = [
         {
             "params": [torch.randn(shape) for shape in shapes],
-            "bufs": [torch.full(shape, POISON) for shape in shapes],  # not to be touched before a first step
+            "bufs": [torch.zeros(shape) for shape in shapes],  # which they are to stay before a first step
             "stats": [(torch.ones(3), 1.0), (torch.ones(3, dtype=torch.float64), 2.0)]
             if hyper.scale_invariant
             else [],
@@ -325,7 +605,7 @@ def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies, tensors):
     of_twins = [[stat.clone() for stat, _ in group["stats"]] for group in groups]
     twins = [
         {
-            "params": [torch.nn.Parameter(p.clone()) for p in group["params"]],
+            "params": [nn.Parameter(p.clone()) for p in group["params"]],
             "norm_stats": list(zip(stats, [power for _, power in group["stats"]], strict=True)),
             **group["hyper"]._asdict(),
         }
@@ -336,8 +616,7 @@ def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies, tensors):
     for t in range(6 if copies * tensors > 1 else 14):
         found_inf = t in (0, 3)
         for i, group in enumerate(groups):
-            lr = 0.5 if t < 5 else 0.25
-            changes = {"lr": lr}
+            changes = {"lr": 0.5 if t < 5 else 0.25}
             if t == 4:  # momentum comes late to some
                 changes |= {"momentum": 0.75, "dampening": 0.0 if group["hyper"].nesterov else 0.25}
             group["hyper"] = group["hyper"]._replace(**changes)
@@ -348,15 +627,15 @@ def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies, tensors):
             [None if absent else torch.randn(shape) for shape, absent in zip(shapes, missing, strict=True)]
             for _ in hypers
         ]
-        assert (device.step(grads, 2.0, found_inf) == 1) == (copies * tensors == 1)
+        assert (device.step(grads, 2.0, found_inf) == 2) == (copies * tensors == 1)
         if not found_inf:
             for group, gs in zip(optimizer.param_groups, grads, strict=True):
                 for p, g in zip(group["params"], gs, strict=True):
                     p.grad = g
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
             optimizer.step()
-        for group, twin, state in zip(groups, optimizer.param_groups, device.states, strict=True):
-            assert (state.P, state.kappa, state.exponent) == (
+        for group, twin, scale in zip(groups, optimizer.param_groups, device.scales, strict=True):
+            assert (scale.P, scale.kappa, scale.exponent) == (
                 twin.get("scale", 1.0),
                 twin.get("carried_decay", 0.0),
                 twin.get("scale_exponent", 0),
@@ -364,30 +643,10 @@ def test_scales_on_the_device_are_those_of_the_cpu(kernel, copies, tensors):
             for p, b, q in zip(group["params"], group["bufs"], twin["params"], strict=True):
                 assert same_bits(p, q.detach())
                 buf = optimizer.state[q].get("momentum_buffer") if q in optimizer.state else None
-                assert (b == POISON).all() if buf is None else same_bits(b, buf)
+                assert (b == 0).all() if buf is None else same_bits(b, buf)
         for group, stats in zip(groups, of_twins, strict=True):
             for (stat, _), other in zip(group["stats"], stats, strict=True):
                 assert same_bits(stat, other)
-
-
-class Launcher:
-    """Takes the place of the launches: as csrc/launch.h, but of the kernel that was compiled for the host."""
-
-    def __init__(self, kernel) -> None:
-        self.kernel = kernel
-        self.ticket = torch.zeros(1, dtype=torch.int32)
-
-    def step(self, device: str, tensors: bytearray, rows: bytearray) -> None:
-        self._launch(tensors, (ctypes.c_char * len(rows)).from_buffer(rows), None, None)
-
-    def step_on_device(self, tensors, groups, started, grad_scale, found_inf, *, capturing, capturable) -> None:
-        on_device = CDevice(pointer(grad_scale), pointer(found_inf), pointer(started), pointer(self.ticket))
-        self._launch(tensors, None, (ctypes.c_char * len(groups)).from_buffer(groups), ctypes.byref(on_device))
-
-    def _launch(self, tensors: bytearray, *arguments) -> None:
-        table = (ctypes.c_char * len(tensors)).from_buffer(tensors)
-        count = len(tensors) // ctypes.sizeof(CTensor)
-        assert self.kernel.texp_cuda_step(0, None, table, count, *arguments) is None
 
 
 ARGUMENTS = {
@@ -427,7 +686,7 @@ def test_whole_steps_with_and_without_a_scaler(kernel, name, dtype, of_grads):
         groups = [{"params": params[:3], "norm_stats": [(stat, 2)]}, {"params": params[3:], "lr": 0.05}]
         optimizer = texp.SGD(groups, backend="cpu", **ARGUMENTS[name])
         if launcher is not None:
-            optimizer._kernels = Kernels(core, cpu=launcher.step, scale_on="cpu", launcher=launcher)
+            optimizer._use(Kernels(core, cpu=launcher, scale_on="cpu", launcher=launcher))
         for t in range(14):
             torch.manual_seed(100 + t)
             for i, p in enumerate(params):

@@ -1,11 +1,16 @@
 """What the host holds of the state that a step on the device advances; here with the CPU as the device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import texp
 from texp.step.device_state import DeviceScaleState
+from texp.step.groups import check_step
+
+core = texp.backends.core()
 
 
 class TestDeviceScaleState:
@@ -40,7 +45,7 @@ class TestDeviceScaleState:
         assert [p in optimizer.state for p in params] == [True, True, False, True]
         device.restore(optimizer.state)
         assert all(p in optimizer.state for p in params)
-        assert device.is_of(optimizer.param_groups, torch.device("cpu"))
+        assert device.is_of(optimizer.param_groups)
 
     def test_is_written_in_place(self):
         optimizer, params, device = self.make()
@@ -52,21 +57,41 @@ class TestDeviceScaleState:
         assert device.scales[:, :2].tolist() == [[1.0, 0.0], [1.0, 0.0]]
         assert device.momentum_initialized.tolist() == [1, 1, 0, 1]
 
-    @pytest.mark.parametrize("change", ["parameter", "group", "flag", "scale"])
+    @pytest.mark.skipif(core is None, reason=f"without the C++ core: {texp.backends.available()['cpu']}")
+    @pytest.mark.parametrize("change", ["parameter", "exchanged", "group", "flag", "scale", "exponent", "kappa"])
     def test_sees_what_changes_on_the_host(self, change):
-        optimizer, _, device = self.make()
-        assert device.is_of(optimizer.param_groups, torch.device("cpu"))
-        groups = list(optimizer.param_groups)
+        """At the next step, which is then not taken."""
+        optimizer, params, device = self.make()
+        launches = []
+        launcher = SimpleNamespace(step_on_device=lambda version, *_: launches.append(version))
+        stepper = core.Stepper(check_scale=check_step, current_stream=None, cpu=launcher, cuda=False)
+        groups, params[0].grad = list(optimizer.param_groups), torch.ones(2)
+
+        def step():
+            return stepper.step_on_device(groups, {}, optimizer.state, None, device, None, None, False)
+
+        assert step() is None
+        assert step() is None
+        assert launches == [1, 1]  # the same tables
         if change == "parameter":
             groups[0]["params"].append(nn.Parameter(torch.ones(1)))
+        elif change == "exchanged":
+            groups[1]["params"] = [nn.Parameter(torch.ones(2))]
         elif change == "group":
             groups.pop()
         elif change == "flag":
             groups[0]["scale_invariant"] = True
         else:
-            groups[0]["scale"] = 1.75
+            key, value = {
+                "scale": ("scale", 1.75),
+                "exponent": ("scale_exponent", 8),
+                "kappa": ("carried_decay", 0.5),
+            }[change]
+            groups[0][key] = value
             device.scales[0, 0] = 1.875
-        assert not device.is_of(groups, torch.device("cpu"))
+        assert step() is False
+        assert launches == [1, 1]
+        assert device.is_of(groups) == (change in ("parameter", "exchanged"))  # which P does not depend on
         if change == "scale":
             device.read_back(optimizer.state)
             assert groups[0]["scale"] == 1.75  # what somebody has set is not lost

@@ -92,8 +92,14 @@ def test_a_step_inside_the_check_of_another():
     p.grad, q.grad, inner_p.grad = torch.ones(3), torch.ones(3, dtype=torch.complex64), torch.ones(3)
     inner = texp.SGD([inner_p], lr=0.5)
     outer = texp.SGD([p, q], lr=0.5)
-    core.step(outer.param_groups, outer._norm_stats, outer.state, 1.0, None, lambda left: inner.step())
-    assert torch.equal(p.detach(), torch.full((3,), 0.5))
+    of_outer = outer.param_groups, outer._norm_stats, outer.state, 1.0, None
+
+    def check(left):
+        inner.step()
+        outer._stepper.step(*of_outer, lambda left: None)  # even the same one
+
+    assert outer._stepper.step(*of_outer, check) == core.Stepper.FALLBACK
+    assert torch.equal(p.detach(), torch.zeros(3))
     assert torch.equal(inner_p.detach(), torch.full((3,), 0.5))
 
 
@@ -231,7 +237,7 @@ def test_tensors_may_be_dropped_while_what_is_left_is_checked():
         optimizer.state.clear()
         optimizer.param_groups.clear()
 
-    core.step(optimizer.param_groups, optimizer._norm_stats, optimizer.state, 1.0, None, drop)
+    optimizer._stepper.step(optimizer.param_groups, optimizer._norm_stats, optimizer.state, 1.0, None, drop)
     # The step that was under way goes on with what it had.
     assert torch.allclose(p, torch.tensor(-1 - 1.9))
     assert torch.allclose(state[p]["momentum_buffer"], torch.tensor(1.9))

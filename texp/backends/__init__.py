@@ -6,6 +6,7 @@ cannot be used, by Triton. What none of them can take is stepped by texp.backend
 
 from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -67,19 +68,19 @@ def kernels(name: str | None, gpus: Iterable[torch.device] = ()) -> Kernels:
         kernel = backend.kernel()
         if backend.advances:
             made = made._replace(scale_on=device_type, launcher=None if kernel is True else kernel)
-        made = made._replace(**{device_type: kernel if isinstance(kernel, bool) else kernel.step})
+        made = made._replace(**{device_type: kernel})
     return made
 
 
-def apply(kernels: Kernels, work: list[tuple[Row, Entry]], check: Callable[[Iterable[int]], object]) -> None:
-    """Applies its row to each tensor, by those kernels, or in plain torch where they cannot take it: `check` is
-    called with the places of these, before anything is changed, and may raise.
+def apply(stepper: Any, work: list[tuple[Row, Entry]], check: Callable[[Iterable[int]], object]) -> None:
+    """Applies its row to each tensor, by the kernels of a core's Stepper, or in plain torch where they cannot take it
+    or there is none: `check` is called with the places of these, before anything is changed, and may raise.
     """
-    if kernels.core is None:
+    if stepper is None:
         left = range(len(work))
         check(left)
     else:
-        left = kernels.core.apply_rows(work, check, kernels.cpu, kernels.cuda)
+        left = stepper.apply_rows(work, check)
     work = [work[i] for i in left]
     shared = that_share_memory(reference.written(entry for _, entry in work))
     for row, entries in reference.in_batches(work, shared):

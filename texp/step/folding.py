@@ -274,7 +274,7 @@ def _batches(items: list[_Item], saved: list[Entry | None]) -> Iterator[list[tup
 
 
 def _apply(optimizer: Any, work: list[tuple[Row, Entry]], check: Callable = lambda left: None) -> None:
-    backends.apply(optimizer._kernels, work, check)
+    backends.apply(optimizer._stepper, work, check)
 
 
 def _set_scales(optimizer: Any, scales: list[tuple[dict[str, Any], Scale]]) -> None:

@@ -17,14 +17,8 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __builtin_assume(x)
+#define __builtin_assume(x) static_cast<void>(x)
 
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
-struct alignas(8) uint2 {
-  uint32_t x, y;
-};
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
@@ -34,28 +28,16 @@ inline dim3 gridDim;
 inline std::barrier<>* block_barrier;
 
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline unsigned atomicInc(unsigned* at, unsigned most) {
-  std::atomic_ref<unsigned> value(*at);
-  const unsigned old = value.load();
-  value.store(old >= most ? 0 : old + 1);
-  return old;
-}
-inline bool __isGlobal(const void*) { return true; }
 
 // A GPU would fault.
 inline std::atomic<int> misaligned = 0;
 extern "C" inline __attribute__((used)) int misaligned_so_far() { return misaligned; }
 
+// Asked of every address that is read or written.
 template <class T>
-T __ldcs(const T* at) {
-  misaligned += reinterpret_cast<uintptr_t>(at) % alignof(T) != 0;
-  return *at;
-}
-template <class T>
-void __stcs(T* at, T value) {
-  misaligned += reinterpret_cast<uintptr_t>(at) % alignof(T) != 0;
-  *at = value;
+bool __isGlobal(const T* at) {
+  if (reinterpret_cast<uintptr_t>(at) % alignof(T) != 0) ++misaligned;
+  return true;
 }
 
 struct __nv_bfloat16 {
@@ -77,7 +59,7 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration"; }
 inline int device_now = 0, device_of_the_last_launch = -1;
 extern "C" inline __attribute__((used)) int current_device() { return device_now; }
-extern "C" inline __attribute__((used)) int launched_on() { return device_of_the_last_launch; }
+extern "C" inline __attribute__((used)) int launched_on() { return std::exchange(device_of_the_last_launch, -1); }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = device_now;
   return cudaSuccess;
@@ -89,7 +71,10 @@ extern "C" inline __attribute__((used)) cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 struct cudaFuncAttributes {};
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+template <class T>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, T*) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
@@ -125,4 +110,28 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, vo
   }
   for (std::thread& thread : threads) thread.join();
   return cudaSuccess;
+}
+
+// As the other launch: the launch before it has always done its work.
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+inline int dependent_launches = 0;
+extern "C" inline __attribute__((used)) int dependent_launches_so_far() { return dependent_launches; }
+template <class Argument>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument), Argument& argument) {
+  dependent_launches += config->attrs->val.programmaticStreamSerializationAllowed;
+  void* arguments[] = {&argument};
+  return cudaLaunchKernel(kernel, config->gridDim, config->blockDim, arguments, 0, config->stream);
 }
