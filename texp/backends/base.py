@@ -58,7 +58,7 @@ class Backend(ABC):
 
     def kernel(self) -> Any:
         """What applies rows, for a new optimizer: False where that is plain torch, True for a kernel that is part of
-        the C++ core, or an object that is called with tables, such as texp.kernels.launch.Launcher.
+        the C++ core, or an object that is given tables, such as a texp.kernels.launch.Launcher.
         """
         return True
 
