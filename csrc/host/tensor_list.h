@@ -238,21 +238,22 @@ class TensorList {
       impls_.emplace_back();
     }
     TensorEntry& entry = entries_[size_];
-    const TensorEntry made{
-        .p = data_of(p_flat, true),
-        .g = g_flat == nullptr ? nullptr : data_of(*g_flat, false),
-        .b = b_flat == nullptr ? nullptr : data_of(*b_flat, true),
-        .numel = p_flat.unsafeGetTensorImpl()->numel(),
-        .row = row,
-        .dtypes = dtypes,
-        .unused = {},
+    Impls& impls = impls_[size_++];
+    // Field by field: a struct that is copied is read again, in other words than it was written in, which stalls.
+    const auto put = [](auto& field, auto value, bool& differs) {
+      differs |= field != value;
+      field = value;
     };
-    moved_ |= entry.p != made.p || entry.b != made.b || entry.numel != made.numel || entry.dtypes != made.dtypes;
-    changed_ |= entry.g != made.g || entry.row != made.row;
-    entry = made;
+    put(entry.p, data_of(p_flat, true), moved_);
+    put(entry.g, g_flat == nullptr ? nullptr : static_cast<const void*>(data_of(*g_flat, false)), changed_);
+    put(entry.b, b_flat == nullptr ? nullptr : data_of(*b_flat, true), moved_);
+    put(entry.numel, p_flat.unsafeGetTensorImpl()->numel(), moved_);
+    put(entry.row, row, changed_);
+    put(entry.dtypes.bits, dtypes.bits, moved_);
+    impls.p = p.unsafeGetTensorImpl();
+    impls.g = g_flat == nullptr ? nullptr : g_flat->unsafeGetTensorImpl();
+    impls.b = b == nullptr ? nullptr : b->unsafeGetTensorImpl();
     is_checked_ = false;
-    impls_[size_++] = {p.unsafeGetTensorImpl(), g_flat == nullptr ? nullptr : g_flat->unsafeGetTensorImpl(),
-                       b == nullptr ? nullptr : b->unsafeGetTensorImpl()};
   }
 
   // As mutable_data_ptr and const_data_ptr, whose checks a strided tensor passes. Null: no elements.

@@ -1,7 +1,6 @@
 """csrc/cuda/kernels.cu, compiled for the host with a stand-in for CUDA (cuda_on_host, beside this): what it computes,
-and where it writes. The same source is compiled by nvcc in native/test_cuda_build.py, and run on a GPU by the tests
-marked `gpu`.
-"""
+and where it writes. The same source is compiled by nvcc in test_cuda_build.py, and run on a GPU by tests marked
+`gpu`."""
 
 import ctypes
 import math
