@@ -111,7 +111,7 @@ std::pair<int, const char*> cuda_devices() {
 
 PYBIND11_MODULE(_C, module) {
   using texp::Stepper;
-  module.doc() = "The C++ core of texp; see texp/optimizer.py and texp/backends.";
+  module.doc() = "The C++ core of texp; see csrc/host/step.h.";
   module.def("observed", &at::hasCallbacks, "Whether a profiler or another observer is to see the next step.");
   py::class_<Stepper>(module, "Stepper", "Takes the steps of one optimizer; see csrc/host/step.h.")
       .def(py::init<py::object, py::object, const py::object&, const py::object&>(), py::kw_only(), py::arg("check_scale"),

@@ -38,9 +38,7 @@ def stand_ins(monkeypatch):
         monkeypatch.setattr(backends.cuda, "devices", lambda: (1, None))
         monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
         monkeypatch.setattr(torch.version, "hip", hip)
-        kernels = SimpleNamespace(
-            INTERPRETED=triton == "interpreted", Launcher=lambda: SimpleNamespace(step="triton")
-        )
+        kernels = SimpleNamespace(INTERPRETED=triton == "interpreted", Launcher=lambda: "triton")
         loaded = (None, "Triton is not installed") if triton == "none" else (kernels, backends.OK)
         monkeypatch.setattr(backends.triton, "_kernels", lambda: loaded)
 
