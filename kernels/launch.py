@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,24 +17,29 @@ from texp.kernels import step as kernels
 INTERPRETED = not isinstance(kernels.apply, JITFunction)
 """Whether Triton runs kernels on the CPU: TRITON_INTERPRET=1 was set when this was imported."""
 
+if INTERPRETED:
+    import numpy
+
 Bytes = bytes | bytearray | memoryview
-Launch = Callable[..., object]  # takes the arguments that are not fixed yet, and `stream`
+Launch = Callable[..., None]  # takes a stream, and the arguments that are not fixed
+Prepare = Callable[..., list[Launch]]
+Tiles = dict[int, Tensor]  # the table of tiles for each mix of dtypes (TensorEntry)
 
-_ENTRY, _GROUP = (layout.offsets(struct) for struct in (layout.TensorEntry, layout.GroupEntry))
-_SLOTS = 8  # that tables are uploaded from in turn
-_AT_ONCE = 256  # rows of `advance`, tiles of `add`
+_ENTRY, _GROUP = layout.offsets(layout.TensorEntry), layout.offsets(layout.GroupEntry)
+_BLOCK = 256  # rows of `advance`, tiles of `add`
+_SLOTS = 8  # of pinned memory
+_KNOWN = 8  # lists of tensors, at most
+_AS_IT_IS = contextlib.nullcontext()
 
-# Of each kernel the types of its pointers, and whether it fuses products and sums: `apply` does, for fewer
-# instructions and one rounding less for each sum, but P and κ are to have the bits that the host computes. It is said
-# of each, for the default of Triton changes.
+# Of each kernel the types of its pointers, and whether products and sums are fused, for Triton's default changes. In
+# `apply` that saves instructions and roundings, but P and κ are to have the bits that the host computes.
 _KERNELS = {
-    kernels.apply: ((torch.uint8, torch.int64, torch.float64, torch.int32), True),
-    kernels.advance: (
-        (*[torch.uint8] * 2, torch.float64, torch.int32, torch.uint8, *[torch.float32] * 2), False
-    ),
-    kernels.reduce: ((torch.uint8, torch.int64, torch.int64, torch.float64), False),
-    kernels.add: ((torch.int64, torch.float64, torch.float64), False),
-}  # fmt: skip
+    kernels.apply: ("uint8 int64 float64 int32", True),
+    kernels.advance: ("uint8 uint8 float64 int32 uint8 float32 float32", False),
+    kernels.reduce: ("uint8 int64 int64 float64", False),
+    kernels.add: ("int64 float64 float64", False),
+}
+_compiled: dict[tuple, Any] = {}
 
 
 def types_of(dtypes: int) -> tuple[tl.dtype, tl.dtype, tl.dtype]:
@@ -50,76 +54,49 @@ def tile_of(dtypes: int) -> int:
     return 1024 * (1 if tl.float64 in types_of(dtypes) else 2) * (4 if INTERPRETED else 1)
 
 
-if INTERPRETED:
-    import numpy
-
-    def _argument(x: Tensor | None) -> Tensor:
+def _argument(x: Tensor | None) -> Tensor | int:
+    """An address, as a number: given a tensor, each launch would ask whether it is on a GPU."""
+    if INTERPRETED:
         return torch.empty(0, dtype=torch.float32, device="cpu") if x is None else x
+    return 0 if x is None else x.data_ptr()
 
-    def _prepare(kernel, device: torch.device, programs: int, constants: tuple, *fixed: Tensor | None) -> Launch:
-        arguments = [*constants, *map(_argument, fixed)]
 
-        def launch(*given, stream: None) -> None:
-            with numpy.errstate(all="ignore"):  # a GPU does not warn of infinities either
-                kernel[programs, 1, 1](*arguments, *given)
+def _prepare(kernel, device: torch.device, programs: int, constants: tuple, *fixed: Tensor | None) -> Launch:
+    """A launch with these arguments and those that it is called with. It keeps the tensors."""
+    arguments = [*constants, *map(_argument, fixed)]
+    if INTERPRETED:
 
-        launch.tensors = fixed
-        return launch
+        @numpy.errstate(all="ignore")  # a GPU does not warn of infinities either
+        def launch(stream: None, *given: Tensor) -> None:
+            kernel[programs, 1, 1](*arguments, *given)
 
-else:
-
-    def _argument(x: Tensor | None) -> int:
-        """An address, as a number: of a tensor, each launch would ask for its address and whether a GPU has it."""
-        return 0 if x is None else x.data_ptr()
-
-    def _prepare(kernel, device: torch.device, programs: int, constants: tuple, *fixed: Tensor | None) -> Launch:
-        """A launch with these arguments, and those that it is called with, which keeps the tensors."""
+    else:
         key = (kernel, device, constants)
         if key not in _compiled:
             types, fusion = _KERNELS[kernel]
+            types = [getattr(torch, name) for name in types.split()]
             _compiled[key] = kernel.warmup(*constants, *types, grid=(1,), num_warps=8, enable_fp_fusion=fusion)
-        launch = partial(_compiled[key][programs, 1, 1], *constants, *map(_argument, fixed))
-        launch.tensors = fixed
-        return launch
+        compiled, hooks = _compiled[key], triton.knobs.runtime
+        run, hooked = compiled.run, compiled[programs, 1, 1]
+        function, metadata = compiled.function, compiled.packed_metadata
+
+        def launch(stream: int, *given: int) -> None:
+            if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # of a profiler
+                hooked(*arguments, *given, stream=stream)
+            else:  # takes less than half of the time
+                run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *given)
+
+    launch.tensors = fixed
+    return launch
 
 
-_compiled: dict[tuple, Any] = {}
+def _pinned(device: torch.device, *size: int) -> Tensor:
+    """Memory from which the device can copy while the host goes on."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
 
 
-def _pinned(size: int, device: torch.device) -> tuple[Tensor, memoryview]:
-    """Memory from which `device` can copy while the host goes on."""
-    memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-    return memory, memoryview((ctypes.c_char * size).from_address(memory.data_ptr())).cast("B")
-
-
-class _Memory:
-    """Bytes on a device. The host writes into one slot of pinned memory after the other, from which they are copied:
-    it may be ahead of the device by half of the slots at least.
-    """
-
-    def __init__(self, device: torch.device, size: int) -> None:
-        self.bytes = torch.empty(size, dtype=torch.uint8, device=device)
-        self._slots = [_pinned(size, device) for _ in range(_SLOTS)]
-        self._copied = [torch.cuda.Event(), torch.cuda.Event()] if device.type == "cuda" else None  # half of them
-        self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}
-        self._next = 0
-
-    def upload(self, data: bytes, begin: int = 0) -> None:
-        """Replaces what is there from `begin` to the end."""
-        if begin not in self._views:
-            self._views[begin] = self.bytes[begin:], [slot[begin:] for slot, _ in self._slots]
-        half, within = divmod(self._next, _SLOTS // 2)
-        if within == 0 and self._copied is not None:
-            self._copied[1 - half].record()
-            self._copied[half].synchronize()
-        to, slots = self._views[begin]
-        self._slots[self._next][1][begin:] = data
-        to.copy_(slots[self._next], non_blocking=True)
-        self._next = (self._next + 1) % _SLOTS
-
-
-def _tiles(numel: bytes, dtypes: bytes, device: torch.device) -> tuple[dict[int, Tensor], Tensor]:
-    """The table of tiles of each mix of dtypes, and how many tiles there are before those of each tensor."""
+def _tiles(device: torch.device, numel: bytes, dtypes: bytes) -> tuple[Tiles, Tensor]:
+    """The tiles of all tensors, and how many there are before those of each tensor, and in all."""
     with torch.device("cpu"):
         kinds = torch.tensor(list(dtypes), dtype=torch.int64)
         tile = torch.tensor([tile_of(kind) for kind in range(64)])[kinds]
@@ -135,101 +112,136 @@ def _tiles(numel: bytes, dtypes: bytes, device: torch.device) -> tuple[dict[int,
     return dict(zip(tiles, tables, strict=True)), begins
 
 
-class _Step:
-    """One kind of step on one device: the tables of the last one, and its launches.
+def _shape(tables: tuple) -> tuple[tuple[int, ...], bytes, bytes]:
+    """What launches depend on: the lengths of the tables, and of all tensors how many elements and which dtypes."""
+    tensors, size = memoryview(tables[0]), _ENTRY["size"]
+    numel = tensors.cast("q")[_ENTRY["numel"] // 8 :: size // 8].tobytes()
+    return tuple(map(len, tables)), numel, tensors[_ENTRY["dtypes"] :: size].tobytes()
 
-    prepare: makes the launches, of what :func:`_tiles` returns and of the tables, which are on the device.
+
+class _Tables:
+    """Tables of one shape on a device, for one stream, and the launches that read them.
+
+    The host writes to one slot of pinned memory after the other, from which tables are copied: it can be ahead of the
+    device by half of the slots at least.
     """
 
-    def __init__(self, device: torch.device, prepare: Callable[..., list[Launch]]) -> None:
-        self.device, self._prepare = device, prepare
-        self._key = self._stream = self._shape = None
-        self._changing = b""
-        self._spare: tuple[Tensor, memoryview] | None = None
+    def __init__(self, device: torch.device, shape: tuple, prepare: Prepare) -> None:
+        lengths, *sizes = shape
+        self.size, self.tiles = sum(lengths), _tiles(device, *sizes)
+        self._there = torch.empty(self.size, dtype=torch.uint8, device=device)
+        self.launches = prepare(device, *self.tiles, *self._there.split(lengths))
+        self._slots, self._next = _pinned(device, _SLOTS, self.size), 0
+        self._written = memoryview((ctypes.c_char * self._slots.numel()).from_address(self._slots.data_ptr())).cast(
+            "B"
+        )
+        self._copied = (
+            [torch.cuda.Event() for _ in range(2)] if device.type == "cuda" else []
+        )  # half of the slots each
+        self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def upload(self, data: bytes) -> None:
+        """Replaces the last of the bytes, or all of them."""
+        at, begin, self._next = self._next, self.size - len(data), (self._next + 1) % _SLOTS
+        if begin not in self._views:
+            self._views[begin] = self._there[begin:], list(self._slots[:, begin:])
+        if self._copied and at % (_SLOTS // 2) == 0:
+            half = at // (_SLOTS // 2)
+            self._copied[1 - half].record()
+            self._copied[half].synchronize()
+        self._written[at * self.size + begin : (at + 1) * self.size] = data
+        to, slots = self._views[begin]
+        to.copy_(slots[at], non_blocking=True)
+
+
+class _Step:
+    """What one kind of step has on one device.
+
+    prepare: makes the launches, of what :func:`_tiles` returns and of the tables, on the device.
+    """
+
+    def __init__(self, device: str | torch.device, prepare: Prepare) -> None:
+        self.device, self._prepare = torch.device(device), prepare
+        self.stream_of = (lambda index: None) if INTERPRETED else triton.runtime.driver.active.get_current_stream
+        self._known: dict[tuple, _Tables] = {}
+        self._key: tuple | None = None  # version and stream of the tables that are there,
+        self._last: _Tables | None = None  # in this memory,
+        self._changing = b""  # with these bytes at the end
+        self._spare: Tensor | None = None  # pinned memory for the next capture
         self._captured: list = []
 
+    def is_current(self) -> contextlib.AbstractContextManager:
+        """Makes the device the current one, for a while."""
+        there = self.device.type == "cpu" or torch.cuda.current_device() == self.device.index
+        return _AS_IT_IS if there else torch.cuda.device(self.device)
+
     def launches(self, version: object, stream: int | None, tables: tuple, changing: bytes = b"") -> list[Launch]:
-        """The launches for these tables, which are uploaded unless those of the same version are there.
+        """The launches for these tables, which are uploaded unless those of this version are there.
 
-        changing: another table, the last one, which may differ within a version.
+        changing: one more table, which may also differ from the last one of the same version.
         """
-        if (version, stream) != self._key or len(changing) != len(self._changing):
-            self._replace(stream, (*tables, changing) if changing else tables)
-        elif changing != self._changing:
+        same = (version, stream) == self._key
+        if not same or changing != self._changing:
             self._key = None  # should an error come in between
-            self._memory.upload(changing, len(self._memory.bytes) - len(changing))
-        self._key, self._changing = (version, stream), changing
-        return self._launches
-
-    def _replace(self, stream: int | None, tables: tuple) -> None:
-        self._key = None
-        lengths, *_ = shape = _shape(tables)
-        if shape != self._shape or stream != self._stream:
-            # In memory of its own: what is there may still be read, by another stream.
-            self._shape = self._spare = None
-            self._tiles = _tiles(*shape[1:], self.device)
-            self._memory = _Memory(self.device, sum(lengths))
-            self._launches = self._prepare(self.device, *self._tiles, *self._memory.bytes.split(lengths))
-            self._shape, self._stream = shape, stream
-        self._memory.upload(b"".join(tables))
+            if same and len(changing) == len(self._changing):
+                self._last.upload(changing)
+            else:
+                tables = (*tables, changing) if changing else tables
+                key = stream, shape = stream, _shape(tables)
+                if key not in self._known:
+                    if len(self._known) == _KNOWN:
+                        self._known.clear()
+                    self._known[key] = _Tables(self.device, shape, self._prepare)
+                self._last = self._known[key]
+                self._last.upload(b"".join(tables))
+            self._key, self._changing = (version, stream), changing
+        return self._last.launches
 
     def reserve(self) -> None:
-        """Takes the pinned memory that the next capture, which must not allocate any, will need."""
-        if self._spare is None:
-            self._spare = _pinned(len(self._memory.bytes), self.device)
+        """Takes the pinned memory that the next capture needs, for a capture must not allocate any."""
+        if self._spare is None or len(self._spare) != self._last.size:
+            self._spare = _pinned(self.device, self._last.size)
 
     def captured(self, tables: tuple) -> list[Launch]:
-        """Launches for a graph: what they read when it is replayed stays as it is, also what it is copied from."""
-        lengths, *_ = shape = _shape(tables)
-        if self._spare is None or shape != self._shape:
+        """Launches for a graph, which will read what is here again, and copy it again, when it is replayed."""
+        shape, data = _shape(tables), bytearray().join(tables)
+        known = next((known for (_, other), known in self._known.items() if other == shape), None)
+        if known is None or self._spare is None or len(self._spare) != len(data):
             raise RuntimeError("this step cannot be captured: take one of the same tensors before each capture")
-        (memory, view), self._spare = self._spare, None
-        view[:] = b"".join(tables)
-        there = memory.to(self.device, non_blocking=True)
-        launches = self._prepare(self.device, *self._tiles, *there.split(lengths))
-        self._captured.append((memory, launches))
+        source, self._spare = self._spare.copy_(torch.frombuffer(data, dtype=torch.uint8)), None
+        there = source.to(self.device, non_blocking=True)
+        launches = self._prepare(self.device, *known.tiles, *there.split(shape[0]))
+        self._captured.append((source, launches))
         return launches
 
 
-def _shape(tables: tuple) -> tuple[list[int], bytes, bytes]:
-    """What memory and launches depend on: the tables' lengths, how many elements tensors have, and their dtypes."""
-    words, entries = memoryview(tables[0]).cast("q"), memoryview(tables[0])
-    size = _ENTRY["size"]
-    numel = words[_ENTRY["numel"] // 8 :: size // 8].tobytes()
-    return [len(table) for table in tables], numel, entries[_ENTRY["dtypes"] :: size].tobytes()
+def _applies(tiles: Tiles, tensors: Tensor, rows: Tensor, skip: Tensor | None) -> list[Launch]:
+    made = []
+    for kind, table in tiles.items():
+        constants = (*types_of(kind), tile_of(kind), skip is not None)
+        made.append(_prepare(kernels.apply, rows.device, len(table), constants, tensors, table, rows, skip))
+    return made
 
 
-def _applies(tiles: dict[int, Tensor], tensors: Tensor, rows: Tensor, skip: Tensor | None) -> list[Launch]:
-    return [
-        _prepare(
-            kernels.apply, tensors.device, len(table), (*types_of(kind), tile_of(kind), skip is not None),
-            tensors, table, rows, skip,
-        )
-        for kind, table in tiles.items()
-    ]  # fmt: skip
-
-
-def _host_rows(device: torch.device, tiles, begins: Tensor, tensors: Tensor, rows: Tensor) -> list[Launch]:
+def _with_rows(device: torch.device, tiles: Tiles, begins: Tensor, tensors: Tensor, rows: Tensor) -> list[Launch]:
     return _applies(tiles, tensors, rows.view(torch.float64), None)
 
 
-def _device_rows(device: torch.device, tiles, begins: Tensor, tensors: Tensor, groups, requests) -> list[Launch]:
-    rows = torch.empty(10 * (len(begins) - 1), dtype=torch.float64, device=device)
+def _on_device(device: torch.device, tiles: Tiles, begins: Tensor, tensors, groups, requests) -> list[Launch]:
+    rows = torch.empty(len(begins) - 1, 10, dtype=torch.float64, device=device)
     skip = torch.empty(1, dtype=torch.int32, device=device)
-    programs = len(groups) // _GROUP["size"]
-    advance = _prepare(kernels.advance, device, programs, (_AT_ONCE,), groups, requests, rows, skip)
-    return [advance, *_applies(tiles, tensors, rows, skip)]
+    count = len(groups) // _GROUP["size"]
+    advance = _prepare(kernels.advance, device, count, (_BLOCK,), groups, requests, rows, skip)
+    return [*_applies(tiles, tensors, rows, skip), advance]
 
 
-def _sums(device: torch.device, tiles, begins: Tensor, tensors: Tensor) -> list[Launch]:
-    of_tiles = torch.empty(2 * sum(map(len, tiles.values())), dtype=torch.float64, device=device)
-    made = [
-        _prepare(
-            kernels.reduce, device, len(table), (*types_of(kind)[:2], tile_of(kind)), tensors, table, begins, of_tiles
-        )
-        for kind, table in tiles.items()
-    ]
-    return [*made, _prepare(kernels.add, device, len(begins) - 1, (_AT_ONCE,), begins, of_tiles)]
+def _sums(device: torch.device, tiles: Tiles, begins: Tensor, tensors: Tensor) -> list[Launch]:
+    of_tiles = torch.empty(sum(map(len, tiles.values())), 2, dtype=torch.float64, device=device)
+    made = []
+    for kind, table in tiles.items():
+        constants = (*types_of(kind)[:2], tile_of(kind))
+        made.append(_prepare(kernels.reduce, device, len(table), constants, tensors, table, begins, of_tiles))
+    return [*made, _prepare(kernels.add, device, len(begins) - 1, (_BLOCK,), begins, of_tiles)]
 
 
 class Launcher:
@@ -243,15 +255,16 @@ class Launcher:
         self._steps: dict[tuple, _Step] = {}
 
     def apply(self, device: str, version: int, tensors: Bytes, rows: Bytes) -> None:
-        """Applies given rows.
+        """Applies rows that are given.
 
         Args:
-            version: another one whenever `tensors` has changed since the last call for this device.
+            version: another one whenever `tensors` differs from that of the last call for this device.
         """
-        step, stream = self._step(device, _host_rows)
-        with _current(step.device):
+        step = self._step(device, _with_rows)
+        with step.is_current():
+            stream = step.stream_of(step.device.index)
             for launch in step.launches(version, stream, (tensors,), bytes(rows)):
-                launch(stream=stream)
+                launch(stream)
 
     def step_on_device(
         self,
@@ -264,50 +277,41 @@ class Launcher:
         found_inf: Tensor | None,
         capturing: bool,
     ) -> None:
-        """Advances groups whose P and κ are on a device, and applies the rows that result: to each tensor that for
-        which the request has the same index.
+        """Advances groups whose P and κ are on a device, and applies to each tensor the row that it has requested.
 
         Args:
-            version: another one whenever one of the tables has changed since the last call.
-            state: has `scales`, to which `groups` point, and `momentum_initialized`: uint8, by slot.
+            version: another one whenever one of the tables differs from that of the last call.
+            state: has `scales`, where `groups` point to, and `momentum_initialized`: uint8, by slot.
             grad_scale, found_inf: float32 tensors of one element; None: 1 and 0.
             capturing: whether the step is being captured in a graph.
         """
-        step, stream = self._step(state.scales.device, _device_rows)
+        step = self._step(state.scales.device, _on_device)
         tables = (tensors, groups or bytes(_GROUP["size"]), requests)
-        given = map(_argument, (state.momentum_initialized, grad_scale, found_inf))
-        with _current(step.device):
-            advance, *applies = step.captured(tables) if capturing else step.launches(version, stream, tables)
-            advance(*given, stream=stream)
+        with step.is_current():
+            stream = step.stream_of(step.device.index)
+            launches = step.captured(tables) if capturing else step.launches(version, stream, tables)
+            *applies, advance = launches
+            advance(stream, *map(_argument, (state.momentum_initialized, grad_scale, found_inf)))
             for launch in applies:
-                launch(stream=stream)
+                launch(stream)
             if self.capturable and not capturing:
                 step.reserve()
 
     def reduce(self, device: str, tensors: Bytes) -> Tensor:
         """‖p‖² and ‖g‖² of each tensor: float64, one row a tensor, with the same bits whenever it is called."""
-        step, stream = self._step(device, _sums)
+        step = self._step(device, _sums)
         sums = torch.empty(len(tensors) // _ENTRY["size"], 2, dtype=torch.float64, device=step.device)
         if len(sums):
-            with _current(step.device):
-                *tiles, add = step.launches(object(), stream, (tensors,))
-                for launch in tiles:
-                    launch(stream=stream)
-                add(_argument(sums), stream=stream)
+            with step.is_current():
+                stream = step.stream_of(step.device.index)
+                *launches, add = step.launches(object(), stream, (tensors,))
+                for launch in launches:
+                    launch(stream)
+                add(stream, _argument(sums))
         return sums
 
-    def _step(self, device: str | torch.device, prepare: Callable[..., list[Launch]]) -> tuple[_Step, int | None]:
-        """The step of that kind, and the stream that is the current one there."""
-        step = self._steps.get((device, prepare))
-        if step is None:
-            step = self._steps[device, prepare] = _Step(torch.device(device), prepare)
-        return step, None if INTERPRETED else triton.runtime.driver.active.get_current_stream(step.device.index)
-
-
-_AS_IT_IS = contextlib.nullcontext()
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes the device the current one, for a while."""
-    is_current = device.type == "cpu" or torch.cuda.current_device() == device.index
-    return _AS_IT_IS if is_current else torch.cuda.device(device)
+    def _step(self, device: str | torch.device, prepare: Prepare) -> _Step:
+        key = (device, prepare)
+        if key not in self._steps:
+            self._steps[key] = _Step(device, prepare)
+        return self._steps[key]

@@ -153,10 +153,9 @@ class Advanced:
         )
         self.launcher = launch().Launcher()
         self.launcher.step_on_device(1, *self.tables, self, *self.given, False)
-        # Of `advance`, the launch before those of `apply`.
+        # The launch of `advance` is the last one in the list.
         (step,) = self.launcher._steps.values()
-        self.rows, self.skip = step._launches[0].tensors[2:4]
-        self.rows = self.rows.view(-1, 10)
+        self.rows, self.skip = step._last.launches[-1].tensors[2:]
 
     def scale(self) -> Scale:
         return Scale(self.scales[0, 0].item(), int(self.scales.view(torch.int64)[0, 2]), self.scales[0, 1].item())
@@ -182,7 +181,7 @@ def test_the_rows_on_the_device_have_the_bits_of_theory(
     """
     scale = Scale(P, exponent, kappa)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch(), "_AT_ONCE", at_once)
+        patch.setattr(launch(), "_BLOCK", at_once)
         of = Advanced(scale, hyper, initialized, without_buffers, grad_scale)
     first = without_buffers or not initialized
     step = theory.advance(scale, hyper, first=first, grad_scale=1.0 if grad_scale is None else grad_scale)
@@ -245,7 +244,7 @@ def test_a_step_without_any_group_says_whether_it_is_skipped():
     for found_inf in (1.0, 0.0, 1.0):
         launcher.step_on_device(1, b"", b"", b"", state, None, torch.tensor([found_inf]), False)
         (step,) = launcher._steps.values()
-        assert step._launches[0].tensors[3] == found_inf
+        assert step._last.launches[-1].tensors[3] == found_inf
 
 
 @interpreter
@@ -278,14 +277,12 @@ class TestUploads:
 
     @pytest.fixture
     def uploads(self, monkeypatch) -> list[int]:
-        """How many bytes were left as they were before each of the uploads that follow."""
+        """How many bytes each of the uploads that follow has."""
         if REASON != backends.OK:
             pytest.skip(REASON)
-        made, upload = [], launch()._Memory.upload
+        made, upload = [], launch()._Tables.upload
         monkeypatch.setattr(
-            launch()._Memory,
-            "upload",
-            lambda self, data, begin=0: (made.append(begin), upload(self, data, begin)),
+            launch()._Tables, "upload", lambda self, data: (made.append(len(data)), upload(self, data))
         )
         return made
 
@@ -294,7 +291,7 @@ class TestUploads:
         tensors = tensor_entry(p, g)
         for step, (version, e) in enumerate([(7, 1.0), (7, 1.0), (7, 1.0), (7, 2.0), (7, 2.0), (8, 2.0), (8, 2.0)]):
             launcher.apply("cpu", version, memoryview(tensors), memoryview(rows_of([Row(c_g=1.0, e=e)])))
-            assert uploads == [[0], [0], [0], [0, 40], [0, 40], [0, 40, 0], [0, 40, 0]][step]
+            assert uploads == [120, 80, 120][: (1, 1, 1, 2, 2, 3, 3)[step]]
         assert torch.equal(p, torch.full((10,), -11.0))
 
     @pytest.mark.parametrize("change", ["gradient", "size", "dtype", "more tensors", "more rows"])
@@ -322,8 +319,22 @@ class TestUploads:
             tensors, rows = [tensor_entry(p, g, row=1)], [Row(), Row(c_g=1.0, e=5.0)]
             expected = torch.full((10,), -5.0)
         launcher.apply("cpu", 2, b"".join(tensors), rows_of(rows))
-        assert uploads == [0, 0]
+        assert uploads == [120, 40 * len(tensors) + 80 * len(rows)]
         assert torch.equal(p, expected)
+
+    def test_lists_of_tensors_that_take_turns(self, monkeypatch):
+        """Their tables are kept apart, up to so many."""
+        if REASON != backends.OK:
+            pytest.skip(REASON)
+        launcher, made, tiles = launch().Launcher(), [], launch()._tiles
+        monkeypatch.setattr(launch(), "_tiles", lambda *sizes: (made.append(sizes), tiles(*sizes))[1])
+        many = launch()._KNOWN + 1
+        params, g = [torch.zeros(n) for n in range(1, many + 1)], torch.ones(many)
+        for version, p in enumerate([*params[:2] * 5, *params]):
+            launcher.apply("cpu", version, tensor_entry(p, g), rows_of([Row(c_g=1.0, e=1.0)]))
+            assert len(made) == min(version + 1, 2) if version < 10 else max(2, version - 9)
+        assert [p[-1].item() for p in params] == [-6.0, -6.0, *[-1.0] * (many - 2)]
+        assert len(made) == many
 
     def test_nothing_is_kept_of_a_step_that_failed(self, monkeypatch, uploads):
         launcher, p, g = launch().Launcher(), torch.zeros(3), torch.ones(3)
@@ -331,7 +342,7 @@ class TestUploads:
             given = ("cpu", version, tensor_entry(p, g), rows_of([Row(c_g=1.0, e=lr)]))
             before = p.clone()
             with monkeypatch.context() as patch:
-                patch.setattr(launch()._Memory, "upload", failing)
+                patch.setattr(launch()._Tables, "upload", failing)
                 for _ in range(2):
                     with pytest.raises(MemoryError):
                         launcher.apply(*given)
@@ -352,15 +363,21 @@ class TestUploads:
             def synchronize(self):
                 happened.append(("wait", events.index(self)))
 
-        memory = launch()._Memory(torch.device("cpu"), 16)
-        events = memory._copied = [Event(), Event()]
-        slots = launch()._SLOTS
+        shape = launch()._shape((tensor_entry(torch.zeros(3)), bytes(8)))
+        of = launch()._Tables(torch.device("cpu"), shape, lambda device, tiles, begins, *tables: tables)
+        tensors, rows = of.launches
+        events = of._copied = [Event(), Event()]
+        slots, total = launch()._SLOTS, 0
         for n in range(3 * slots):
-            memory.upload(bytes([n] * 16))
-            memory.upload(bytes([n + 1] * 8), 8) if n % 5 == 0 else None
-            assert memory.bytes.tolist() == [n] * 8 + [n + (n % 5 == 0)] * 8
-        turns = -(-(3 * slots + len(range(0, 3 * slots, 5))) // (slots // 2))
-        assert happened == [(what, k % 2) for n in range(turns) for what, k in (("record", n + 1), ("wait", n))]
+            of.upload(bytes([n] * 48))
+            assert (tensors.tolist(), rows.tolist()) == ([n] * 40, [n] * 8)
+            total += 1
+            if n % 5 == 0:
+                of.upload(bytes([100] * 8))
+                assert (tensors.tolist(), rows.tolist()) == ([n] * 40, [100] * 8)
+                total += 1
+        turns = range(-(-total // (slots // 2)))
+        assert happened == [(what, k % 2) for n in turns for what, k in (("record", n + 1), ("wait", n))]
 
     def test_a_capture_reads_memory_of_its_own(self, uploads):
         """What is captured can be launched again whatever came in between; each capture needs a step before it."""
@@ -392,9 +409,9 @@ class TestUploads:
         expected = -0.1 * (1 + 1 + 10 + 100)
         assert p.tolist() == pytest.approx([expected] * 3, rel=1e-15)
         (captured,) = [launches for s in launcher._steps.values() for _, launches in s._captured]
-        advance, apply_ = captured
-        advance(of.momentum_initialized, *map(launch()._argument, (None, None)), stream=None)
-        apply_(stream=None)
+        apply_, advance = captured
+        advance(None, of.momentum_initialized, *map(launch()._argument, (None, None)))
+        apply_(None)
         assert p.tolist() == pytest.approx([expected - 1] * 3, rel=1e-15)
 
 
