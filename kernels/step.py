@@ -275,12 +275,10 @@ def advance(BLOCK: tl.constexpr, groups, requests, rows, skip, momentum_initiali
         mask = i < end
         request = requests + REQUEST * tl.minimum(i, end - 1).to(tl.int64)
         kind, power = _field(request, AT_KIND, tl.uint8), _field(request, AT_POWER, tl.float64)
-        has_buffer, is_new = (
-            _field(request, AT_HAS_BUFFER, tl.uint8) != 0,
-            _field(request, AT_NEWLY_ALLOCATED, tl.uint8),
-        )
+        has_buffer = _field(request, AT_HAS_BUFFER, tl.uint8) != 0
+        is_old = has_buffer & (_field(request, AT_NEWLY_ALLOCATED, tl.uint8) == 0)
         own = momentum_initialized + _field(request, AT_SLOT, tl.int32)
-        known = tl.load(own, mask & has_buffer & (is_new == 0), other=0) != 0
+        known = tl.load(own, mask & is_old, other=0) != 0
         uninitialized = has_buffer & (known == 0)
         steps, idle = kind == STEP, kind == IDLE
         starts = (kind == kind_with_momentum) & uninitialized

@@ -51,8 +51,13 @@ def launch_all(launcher) -> None:
 class Loaded:
     """In place of a kernel on a GPU that is not there."""
 
+    function = packed_metadata = None
+
     def __getitem__(self, grid):
-        return lambda *arguments, stream: None
+        return self.run
+
+    def run(self, *arguments) -> None:
+        assert all(isinstance(x, int) for x in arguments[-4:])  # addresses: tensors cost more
 
 
 def compile_all(backend: str, arch: int | str, folder: str) -> None:
