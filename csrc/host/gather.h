@@ -334,24 +334,26 @@ class Gather {
   // A group without the keys of an exponential one, with its rows on the host: its parameters do not depend on each
   // other.
   void gather_ordinary(Py_ssize_t index, const Options& options, PyObject* list) {
-    int32_t update = -1, running = -1;
-    bool has_momentum = false;
-    const bool may_be_usual = cpu_.take && !momentum_dtype_ && !is_watched_ && known_rows_ == nullptr;
+    params_.clear();
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
-      Param param = reader_.param(PySequence_Fast_GET_ITEM(list, i));
-      if (!param.has_grad()) continue;
-      if (update < 0) {
-        const Hyperparameters& h = reader_.hyperparameters(options, index);
-        update = update_of(h, {}, false);
-        has_momentum = h.momentum != 0;
-      }
-      if (has_momentum) param.buf = reader_.buffer(param);
-      if (param.buf != nullptr && may_be_usual && param.grad != nullptr && THPVariable_CheckExact(param.buf)) {
-        if (running < 0) running = row_of(update, Kind::running);
-        if (on_cpu_.take_usual(THPVariable_Unpack(param.object), param.grad, &THPVariable_Unpack(param.buf), running)) continue;
-      }
+      params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
+      if (!params_.back().has_grad()) params_.pop_back();
+    }
+    if (params_.empty()) return;
+    const Hyperparameters& h = reader_.hyperparameters(options, index);
+    const int32_t update = update_of(h, {}, false);
+    const bool has_momentum = h.momentum != 0;
+    if (has_momentum)
+      for (Param& param : params_) param.buf = reader_.buffer(param);
+    const bool may_be_usual = cpu_.take && !momentum_dtype_ && !is_watched_ && known_rows_ == nullptr;
+    for (const Param& param : params_) {
       const Kind kind = param.buf == nullptr && has_momentum ? Kind::first : Kind::running;
       const int32_t row = row_of(update, kind);
+      if (may_be_usual && param.grad != nullptr && kind != Kind::first &&
+          (param.buf == nullptr || THPVariable_CheckExact(param.buf)) &&
+          on_cpu_.take_usual(THPVariable_Unpack(param.object), param.grad,
+                             param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf), row))
+        continue;
       if (const Refusal refusal = take(param, kind, row)) refuse(index, refusal, row, kind, param);
     }
   }
