@@ -22,10 +22,7 @@ class DeviceScaleState:
             step with momentum.
         momentum_initialized: uint8, one for each parameter of all groups: whether it has taken that step.
         workspace: room for the rows of a step, made by the first.
-        capturable: whether a step may be captured next.
     """
-
-    capturable = False
 
     def __init__(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], device: torch.device) -> None:
         self.groups = list(param_groups)
