@@ -1,225 +1,318 @@
-"""Uploads the tables of a step and launches its kernels; texp.kernels.step says what stands in a table."""
+"""Uploads the tables of a step and launches its kernels; texp.kernels.layout says what stands in the tables."""
 
-from array import array
-from typing import NamedTuple
+import contextlib
+import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from texp.kernels import layout
 from texp.kernels import step as kernels
 
-INTERPRETED = not isinstance(kernels.step, JITFunction)
+INTERPRETED = not isinstance(kernels.apply, JITFunction)
 """Whether Triton runs kernels on the CPU: TRITON_INTERPRET=1 was set when this was imported."""
 
 if INTERPRETED:
     import numpy
 
-# Words of 8 bytes.
-_TENSOR, _GROUP, _ROW = 5, 7, 10
+Bytes = bytes | bytearray | memoryview
+Launch = Callable[..., None]  # takes a stream, and the arguments that are not fixed
+Prepare = Callable[..., list[Launch]]
+Tiles = dict[int, Tensor]  # the table of tiles for each mix of dtypes (TensorEntry)
 
-# In the order of csrc/step.h `Dtype`.
-_TYPES = (tl.float32, tl.float64, tl.bfloat16, tl.float16)
+_ENTRY, _GROUP = layout.offsets(layout.TensorEntry), layout.offsets(layout.GroupEntry)
+_BLOCK = 256  # rows of `advance`, tiles of `add`
+_SLOTS = 8  # of pinned memory
+_KNOWN = 8  # lists of tensors, at most
+_AS_IT_IS = contextlib.nullcontext()
 
-# How Triton compiles the kernels. Whether it fuses products and sums is said of each, for its default changes: from
-# 3.10 on it fuses none.
-_STEP = {"num_warps": 8, "enable_fp_fusion": True}  # fewer instructions, and one rounding less for each sum
-_ADVANCE = {"num_warps": 8, "enable_fp_fusion": False}  # P and κ are to have the bits that the host computes
+# Of each kernel the types of its pointers, and whether products and sums are fused, for Triton's default changes. In
+# `apply` that saves instructions and roundings, but P and κ are to have the bits that the host computes.
+_KERNELS = {
+    kernels.apply: ("uint8 int64 float64 int32", True),
+    kernels.advance: ("uint8 uint8 float64 int32 uint8 float32 float32", False),
+    kernels.reduce: ("uint8 int64 int64 float64", False),
+    kernels.add: ("int64 float64 float64", False),
+}
+_compiled: dict[tuple, Any] = {}
 
 
-# Of the byte of dtypes and flags those bits that are dtypes.
-_MASK = 0b11001111
-
-
-def types_of(types: int) -> tuple[tl.dtype, tl.dtype, tl.dtype]:
+def types_of(dtypes: int) -> tuple[tl.dtype, tl.dtype, tl.dtype]:
     """Of p, g and b."""
-    return _TYPES[types & 3], _TYPES[types >> 6], _TYPES[types >> 2 & 3]
+    return tuple(getattr(tl, layout.DTYPES[dtypes >> shift & 3]) for shift in (0, 2, 4))
 
 
-def tile_of(types: int) -> int:
+def tile_of(dtypes: int) -> int:
     """Elements of a program: 8 for each thread, or 4 where the arithmetic is in float64, for want of registers; the
     interpreter likes fewer programs.
     """
-    return 1024 * (1 if tl.float64 in types_of(types) else 2) * (4 if INTERPRETED else 1)
+    return 1024 * (1 if tl.float64 in types_of(dtypes) else 2) * (4 if INTERPRETED else 1)
 
 
-_TENSORS_OF_A_GROUP = 256  # that `advance` takes at once
+def _argument(x: Tensor | None) -> Tensor | int:
+    """An address, as a number: given a tensor, each launch would ask whether it is on a GPU."""
+    if INTERPRETED:
+        return torch.empty(0, dtype=torch.float32, device="cpu") if x is None else x
+    return 0 if x is None else x.data_ptr()
 
 
-class Launch(NamedTuple):
-    """Of the kernel `step`, for all tensors of the same types."""
+def _prepare(kernel, device: torch.device, programs: int, constants: tuple, *fixed: Tensor | None) -> Launch:
+    """A launch with these arguments and those that it is called with. It keeps the tensors."""
+    arguments = [*constants, *map(_argument, fixed)]
+    if INTERPRETED:
 
-    types: int  # the byte of a tensor's dtypes, without flags
-    tiles: Tensor
+        @numpy.errstate(all="ignore")  # a GPU does not warn of infinities either
+        def launch(stream: None, *given: Tensor) -> None:
+            kernel[programs, 1, 1](*arguments, *given)
+
+    else:
+        key = (kernel, device, constants)
+        if key not in _compiled:
+            types, fusion = _KERNELS[kernel]
+            types = [getattr(torch, name) for name in types.split()]
+            _compiled[key] = kernel.warmup(*constants, *types, grid=(1,), num_warps=8, enable_fp_fusion=fusion)
+        compiled, hooks = _compiled[key], triton.knobs.runtime
+        run, hooked = compiled.run, compiled[programs, 1, 1]
+        function, metadata = compiled.function, compiled.packed_metadata
+
+        def launch(stream: int, *given: int) -> None:
+            enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook  # a profiler's
+            if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+                hooked(*arguments, *given, stream=stream)
+            else:  # takes less than half of the time
+                run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *given)
+
+    launch.tensors = fixed
+    return launch
+
+
+def _pinned(device: torch.device, *size: int) -> Tensor:
+    """Memory from which the device can copy while the host goes on."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+
+
+def _tiles(device: torch.device, numel: bytes, dtypes: bytes) -> tuple[Tiles, Tensor]:
+    """The tiles of all tensors, and how many there are before those of each tensor, and in all."""
+    with torch.device("cpu"):
+        kinds = torch.tensor(list(dtypes), dtype=torch.int64)
+        tile = torch.tensor([tile_of(kind) for kind in range(64)])[kinds]
+        counts = (torch.tensor(memoryview(numel).cast("q").tolist(), dtype=torch.int64) + tile - 1) // tile
+        begins = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        within = torch.arange(int(begins[-1])) - begins[:-1].repeat_interleave(counts)
+        words = (torch.arange(len(counts)).repeat_interleave(counts) << 32) + within
+        kinds = kinds.repeat_interleave(counts)
+        tiles = {kind: words[kinds == kind] for kind in kinds.unique().tolist()}
+    if device.type == "cpu":
+        return tiles, begins
+    *tables, begins = (x.pin_memory().to(device, non_blocking=True) for x in (*tiles.values(), begins))
+    return dict(zip(tiles, tables, strict=True)), begins
+
+
+def _shape(tables: tuple) -> tuple[tuple[int, ...], bytes, bytes]:
+    """What launches depend on: the lengths of the tables, and of all tensors how many elements and which dtypes."""
+    tensors, size = memoryview(tables[0]), _ENTRY["size"]
+    numel = tensors.cast("q")[_ENTRY["numel"] // 8 :: size // 8].tobytes()
+    return tuple(map(len, tables)), numel, tensors[_ENTRY["dtypes"] :: size].tobytes()
 
 
 class _Tables:
-    """The tables of the last step on one device. A step that needs the same ones uploads nothing: they are all that
-    a kernel knows of a step, so that they are compared as they are, byte for byte.
+    """Tables of one shape on a device, for one stream, and the launches that read them.
+
+    The host writes to one slot of pinned memory after the other, from which tables are copied: it can be ahead of the
+    device by half of the slots at least.
     """
 
-    def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
-        self._stream: int | None = None
-        self._known: tuple[bytearray, ...] = ()
-        self._sizes: Tensor | None = None  # of the tensors that the launches are for
+    def __init__(self, device: torch.device, shape: tuple, prepare: Prepare) -> None:
+        lengths, *sizes = shape
+        self.size, self.tiles = sum(lengths), _tiles(device, *sizes)
+        self._there = torch.empty(self.size, dtype=torch.uint8, device=device)
+        self.launches = prepare(device, *self.tiles, *self._there.split(lengths))
+        self._slots, self._next = _pinned(device, _SLOTS, self.size), 0
+        self._written = memoryview((ctypes.c_char * self._slots.numel()).from_address(self._slots.data_ptr())).cast(
+            "B"
+        )
+        self._copied = (
+            [torch.cuda.Event() for _ in range(2)] if device.type == "cuda" else []
+        )  # half of the slots each
+        self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def upload(self, data: bytes) -> None:
+        """Replaces the last of the bytes, or all of them."""
+        at, begin, self._next = self._next, self.size - len(data), (self._next + 1) % _SLOTS
+        if begin not in self._views:
+            self._views[begin] = self._there[begin:], list(self._slots[:, begin:])
+        if self._copied and at % (_SLOTS // 2) == 0:
+            half = at // (_SLOTS // 2)
+            self._copied[1 - half].record()
+            self._copied[half].synchronize()
+        self._written[at * self.size + begin : (at + 1) * self.size] = data
+        to, slots = self._views[begin]
+        to.copy_(slots[at], non_blocking=True)
+
+
+class _Step:
+    """What one kind of step has on one device.
+
+    prepare: makes the launches, of what :func:`_tiles` returns and of the tables, on the device.
+    """
+
+    def __init__(self, device: str | torch.device, prepare: Prepare) -> None:
+        self.device, self._prepare = torch.device(device), prepare
+        self.stream_of = (lambda index: None) if INTERPRETED else triton.runtime.driver.active.get_current_stream
+        self._known: dict[tuple, _Tables] = {}
+        self._key: tuple | None = None  # version and stream of the tables that are there,
+        self._last: _Tables | None = None  # in this memory,
+        self._changing = b""  # with these bytes at the end
         self._spare: Tensor | None = None  # pinned memory for the next capture
-        self._captured: list = []  # what graphs read when they are replayed
-        self._on_device: list[Tensor] = []
-        self._launches: list[Launch] = []
-        # For found_inf and grad_scale where there is none.
-        self.zero = torch.zeros(1, dtype=torch.float32, device=device)
-        self.one = torch.ones(1, dtype=torch.float32, device=device)
+        self._captured: list = []
 
-    def of(self, *tables: bytearray, capturing: bool = False) -> tuple[list[Tensor], list[Launch]]:
-        """The tables on the device, those of tensors first, and the launches that cover all tensors."""
-        if capturing:
-            on_device, launches, _ = self._made(tables, self._captured_upload)
-            self._captured.append((on_device, launches))
-            return on_device, launches
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
-        if self._known != tables or self._stream != stream:
-            if self._stream != stream:
-                self._sizes = None
-            self._known, self._stream = (), stream  # should an error come in between
-            self._on_device, self._launches, self._sizes = self._made(
-                tables, self._upload, self._sizes, self._launches
-            )
-            self._known = tables
-        return self._on_device, self._launches
+    def is_current(self) -> contextlib.AbstractContextManager:
+        """Makes the device the current one, for a while."""
+        there = self.device.type == "cpu" or torch.cuda.current_device() == self.device.index
+        return _AS_IT_IS if there else torch.cuda.device(self.device)
 
-    def prepare_capture(self) -> None:
-        """Reserves the pinned memory that a capture, which must not allocate any, will need."""
-        needed = sum(map(len, self._known)) // 8 + sum(launch.tiles.numel() for launch in self._launches)
-        if self.device.type == "cuda" and (self._spare is None or self._spare.numel() < needed):
-            self._spare = torch.empty(needed, dtype=torch.int64, pin_memory=True)
+    def launches(self, version: object, stream: int | None, tables: tuple, changing: bytes = b"") -> list[Launch]:
+        """The launches for these tables, which are uploaded unless those of this version are there.
 
-    def _made(self, tables, upload, known_sizes=None, known_launches=()) -> tuple[list[Tensor], list[Launch], Tensor]:
-        """The tables, the launches, and the sizes that those are for; for the same ones they are not made again."""
-        with torch.device("cpu"):
-            words = [torch.frombuffer(table, dtype=torch.int64) for table in tables]
-            tensors = words[0].view(-1, _TENSOR)
-            sizes = torch.stack((tensors[:, 3], tensors[:, 4] >> 56 & _MASK))
-            same = known_sizes is not None and torch.equal(sizes, known_sizes)
-            tiles = {} if same else _tiles(*sizes)
-            whole = torch.cat(words + list(tiles.values()))
-        lengths = [len(table) for table in (*words, *tiles.values())]
-        on_device = upload(whole).split(lengths)
-        made = [Launch(types, table) for types, table in zip(tiles, on_device[len(words) :], strict=True)]
-        return list(on_device[: len(words)]), known_launches if same else made, sizes
+        changing: one more table, which may also differ from the last one of the same version.
+        """
+        same = (version, stream) == self._key
+        if not same or changing != self._changing:
+            self._key = None  # should an error come in between
+            if same and len(changing) == len(self._changing):
+                self._last.upload(changing)
+            else:
+                tables = (*tables, changing) if changing else tables
+                key = stream, shape = stream, _shape(tables)
+                if key not in self._known:
+                    if len(self._known) == _KNOWN:
+                        self._known.clear()
+                    self._known[key] = _Tables(self.device, shape, self._prepare)
+                self._last = self._known[key]
+                self._last.upload(b"".join(tables))
+            self._key, self._changing = (version, stream), changing
+        return self._last.launches
 
-    def _upload(self, words: Tensor) -> Tensor:
-        return words if self.device.type == "cpu" else words.pin_memory().to(self.device, non_blocking=True)
+    def reserve(self) -> None:
+        """Takes the pinned memory that the next capture needs, for a capture must not allocate any."""
+        if self._spare is None or len(self._spare) != self._last.size:
+            self._spare = _pinned(self.device, self._last.size)
 
-    def _captured_upload(self, words: Tensor) -> Tensor:
-        if self._spare is None or self._spare.numel() < len(words):
+    def captured(self, tables: tuple) -> list[Launch]:
+        """Launches for a graph, which will read what is here again, and copy it again, when it is replayed."""
+        shape, data = _shape(tables), bytearray().join(tables)
+        known = next((known for (_, other), known in self._known.items() if other == shape), None)
+        if known is None or self._spare is None or len(self._spare) != len(data):
             raise RuntimeError("this step cannot be captured: take one of the same tensors before each capture")
-        source, self._spare = self._spare[: len(words)], None
-        self._captured.append(source.copy_(words))
-        return source.to(self.device, non_blocking=True)
+        source, self._spare = self._spare.copy_(torch.frombuffer(data, dtype=torch.uint8)), None
+        there = source.to(self.device, non_blocking=True)
+        launches = self._prepare(self.device, *known.tiles, *there.split(shape[0]))
+        self._captured.append((source, launches))
+        return launches
 
 
-def _tiles(numel: Tensor, types: Tensor) -> dict[int, Tensor]:
-    """For each mix of types its table of tiles, which has one word for each program."""
-    made = {}
-    for kind in types.unique().tolist():
-        index = (types == kind).nonzero().squeeze(1)
-        tile = tile_of(kind)
-        counts = (numel[index] + tile - 1) // tile
-        first = counts.cumsum(0) - counts
-        total = int(counts.sum())
-        if total:
-            within = torch.arange(total) - first.repeat_interleave(counts)
-            made[kind] = (index.repeat_interleave(counts) << 32) + within
+def _applies(tiles: Tiles, tensors: Tensor, rows: Tensor, skip: Tensor | None) -> list[Launch]:
+    made = []
+    for kind, table in tiles.items():
+        constants = (*types_of(kind), tile_of(kind), skip is not None)
+        made.append(_prepare(kernels.apply, rows.device, len(table), constants, tensors, table, rows, skip))
     return made
 
 
+def _with_rows(device: torch.device, tiles: Tiles, begins: Tensor, tensors: Tensor, rows: Tensor) -> list[Launch]:
+    return _applies(tiles, tensors, rows.view(torch.float64), None)
+
+
+def _on_device(device: torch.device, tiles: Tiles, begins: Tensor, tensors, groups, requests) -> list[Launch]:
+    rows = torch.empty(len(begins) - 1, 10, dtype=torch.float64, device=device)
+    skip = torch.empty(1, dtype=torch.int32, device=device)
+    count = len(groups) // _GROUP["size"]
+    advance = _prepare(kernels.advance, device, count, (_BLOCK,), groups, requests, rows, skip)
+    return [*_applies(tiles, tensors, rows, skip), advance]
+
+
+def _sums(device: torch.device, tiles: Tiles, begins: Tensor, tensors: Tensor) -> list[Launch]:
+    of_tiles = torch.empty(sum(map(len, tiles.values())), 2, dtype=torch.float64, device=device)
+    made = []
+    for kind, table in tiles.items():
+        constants = (*types_of(kind)[:2], tile_of(kind))
+        made.append(_prepare(kernels.reduce, device, len(table), constants, tensors, table, begins, of_tiles))
+    return [*made, _prepare(kernels.add, device, len(begins) - 1, (_BLOCK,), begins, of_tiles)]
+
+
 class Launcher:
-    """Launches the steps of one optimizer."""
+    """Launches what one optimizer does on GPUs, or, with Triton's interpreter, on the CPU. Tables are the bytes of
+    structs of csrc/tables.h, and are read during the call only.
+    """
+
+    capturable = False  # whether a step may be captured after the next one
 
     def __init__(self) -> None:
-        self._tables: dict[str, _Tables] = {}
+        self._steps: dict[tuple, _Step] = {}
 
-    def step(self, device: str, tensors: bytearray, rows: bytearray) -> None:
-        """Steps tensors whose rows are given, of the kind FIXED.
+    def apply(self, device: str, version: int, tensors: Bytes, rows: Bytes) -> None:
+        """Applies rows that are given.
 
         Args:
-            device: "cuda:0", say, or "cpu" where Triton's interpreter runs.
-            tensors, rows: tables as texp.kernels.step says; `source` is the index of a tensor's row.
+            version: another one whenever `tensors` differs from that of the last call for this device.
         """
-        (on_device, on_device_rows), launches = self._tables_of(device).of(tensors, rows)
-        not_read = on_device_rows  # in place of found_inf
-        self._step(launches, on_device, on_device_rows.view(torch.float64), not_read, on_device=False)
+        step = self._step(device, _with_rows)
+        with step.is_current():
+            stream = step.stream_of(step.device.index)
+            for launch in step.launches(version, stream, (tensors,), bytes(rows)):
+                launch(stream)
 
     def step_on_device(
         self,
-        tensors: bytearray,
-        groups: bytearray,
-        started: Tensor,
+        version: int,
+        tensors: Bytes,
+        groups: Bytes,
+        requests: Bytes,
+        state: Any,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-        *,
         capturing: bool,
-        capturable: bool,
     ) -> None:
-        """Steps tensors of groups whose P and κ are on the device, and advances those.
+        """Advances groups whose P and κ are on a device, and applies to each tensor the row that it has requested.
 
         Args:
-            tensors, groups: tables as texp.kernels.step says; `source` is the index of a tensor's group, and a
-                group's tensors follow each other.
-            started: uint8, by slot: whether the tensor has taken its first step with momentum. Modified in place.
-            grad_scale, found_inf: float32 tensors of one element on the device; None: 1 and 0.
+            version: another one whenever one of the tables differs from that of the last call.
+            state: has `scales`, where `groups` point to, and `momentum_initialized`: uint8, by slot.
+            grad_scale, found_inf: float32 tensors of one element; None: 1 and 0.
             capturing: whether the step is being captured in a graph.
-            capturable: whether one may be captured next.
         """
-        tables = self._tables_of(str(started.device))
-        found_inf = tables.zero if found_inf is None else found_inf
-        grad_scale = tables.one if grad_scale is None else grad_scale
-        count = len(groups) // 8 // _GROUP
-        with torch.device("cpu"):
-            source = torch.frombuffer(tensors, dtype=torch.int64).view(-1, _TENSOR)[:, 4] >> 32 & 0xFFFF
-            first = array("q", torch.searchsorted(source, torch.arange(count + 1)).tolist())
-        (on_device, on_device_groups, on_device_first), launches = tables.of(
-            tensors, groups, bytearray(first.tobytes()), capturing=capturing
-        )
-        rows = torch.empty(len(source) * _ROW, dtype=torch.float64, device=started.device)
-        arguments = (on_device_groups, on_device_first, on_device, rows, started, grad_scale, found_inf)
-        _launch(kernels.advance, _ADVANCE, count, started.device, *arguments, _TENSORS_OF_A_GROUP)
-        self._step(launches, on_device, rows, found_inf, on_device=True)
-        if capturable and not capturing:
-            tables.prepare_capture()
+        step = self._step(state.scales.device, _on_device)
+        tables = (tensors, groups or bytes(_GROUP["size"]), requests)
+        with step.is_current():
+            stream = step.stream_of(step.device.index)
+            launches = step.captured(tables) if capturing else step.launches(version, stream, tables)
+            *applies, advance = launches
+            advance(stream, *map(_argument, (state.momentum_initialized, grad_scale, found_inf)))
+            for launch in applies:
+                launch(stream)
+            if self.capturable and not capturing:
+                step.reserve()
 
-    def _tables_of(self, device: str) -> _Tables:
-        if device not in self._tables:
-            self._tables[device] = _Tables(device)
-        return self._tables[device]
+    def reduce(self, device: str, tensors: Bytes) -> Tensor:
+        """‖p‖² and ‖g‖² of each tensor: float64, one row a tensor, with the same bits whenever it is called."""
+        step = self._step(device, _sums)
+        sums = torch.empty(len(tensors) // _ENTRY["size"], 2, dtype=torch.float64, device=step.device)
+        if len(sums):
+            with step.is_current():
+                stream = step.stream_of(step.device.index)
+                *launches, add = step.launches(object(), stream, (tensors,))
+                for launch in launches:
+                    launch(stream)
+                add(stream, _argument(sums))
+        return sums
 
-    def _step(self, launches, tensors: Tensor, rows: Tensor, found_inf: Tensor, *, on_device: bool) -> None:
-        for types, tiles in launches:
-            arguments = (tensors, tiles, rows, found_inf, *types_of(types), tile_of(types), on_device)
-            _launch(kernels.step, _STEP, len(tiles), tensors.device, *arguments)
-
-
-_compiled: dict[tuple, object] = {}
-
-
-def _launch(kernel, options: dict, programs: int, device: torch.device, *arguments) -> None:
-    """Launches through the kernel that the first launch has compiled: Triton's own look-up costs several times as
-    much as a launch.
-
-    Args:
-        options: the same ones whenever the kernel is launched.
-    """
-    grid = (programs, 1, 1)
-    if INTERPRETED:
-        with numpy.errstate(all="ignore"):  # a GPU does not warn of infinities either
-            kernel[grid](*arguments)
-        return
-    # What a kernel is compiled for, and nothing else: it is told to assume no alignment.
-    key = (kernel, device, *(x.dtype if isinstance(x, Tensor) else x for x in arguments))
-    with torch.cuda.device(device):
-        if (compiled := _compiled.get(key)) is not None:
-            compiled[grid](*arguments)
-        else:
-            _compiled[key] = kernel[grid](*arguments, **options)
+    def _step(self, device: str | torch.device, prepare: Prepare) -> _Step:
+        key = (device, prepare)
+        if key not in self._steps:
+            self._steps[key] = _Step(device, prepare)
+        return self._steps[key]

@@ -1,29 +1,68 @@
-"""A step on a GPU in Triton, for those who have no CUDA compiler.
+"""A step on a GPU in Triton, for those who have no CUDA compiler: `advance` makes the rows, `apply` applies them, and
+`reduce` and `add` sum up squares.
 
-Kernels read tables that texp.kernels.launch uploads, as 64-bit words; csrc/cuda.h has the same layout as C++ structs:
+What they read are the structs of csrc/tables.h, of which texp.kernels.layout says what is where, as bytes. Besides, a
+launch has a table of tiles, one int64 for each program: a tensor's index (bits 32 to 63), and which tile of it.
 
-    tensors  5 words each: p, g (of a statistic: its power, a float64), b, how many elements, and a word of fields:
-             slot (bits 0 to 31), source (32 to 47), kind (48 to 55), dtypes of p (56 and 57), of b (58 and 59) and
-             of g (62 and 63), flags (60 and 61)
-    groups   7 words each: lr, momentum, dampening, weight decay, the group's state, and two words of bytes:
-             where each of the four numbers is, nesterov; maximize, scale-invariant, unbuffered
-    rows     10 float64 each, in the order of texp.theory.Row
-    tiles    1 word for each program of a launch: a tensor (bits 32 to 63), and which tile of it
-
-p, g and b are addresses, 0 for none. Nothing that changes from step to step is a constant of a kernel, so that no
-schedule compiles anything again.
+Nothing that changes from step to step is a constant of a kernel, so that no schedule compiles anything again, and a
+kernel that is compiled can be launched with whatever arguments there are: no alignment is assumed of them.
 """
 
 import triton
 import triton.language as tl
 
+from texp.kernels import layout
+
 # Addresses and counts that are multiples of 16 give 128-bit accesses.
 VECTOR = tl.constexpr(16)
 
-# Kinds of tensors, csrc/cuda.h.
-FIXED, STEPPING, IDLE, STATISTIC = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-# Flags: it has a buffer; one that has only just been made.
-BUFFERED, FRESH = tl.constexpr(16), tl.constexpr(32)
+
+def _constants(struct: type, *names: str) -> list[tl.constexpr]:
+    return [tl.constexpr(layout.offsets(struct)[name]) for name in names]
+
+
+TENSOR, AT_P, AT_G, AT_B, AT_NUMEL, AT_ROW = _constants(layout.TensorEntry, "size", "p", "g", "b", "numel", "row")
+REQUEST, AT_POWER, AT_SLOT, AT_KIND, AT_HAS_BUFFER, AT_NEWLY_ALLOCATED = _constants(
+    layout.RowRequest, "size", "power", "slot", "kind", "has_buffer", "newly_allocated"
+)
+GROUP, AT_LR, AT_MOMENTUM, AT_DAMPENING, AT_WEIGHT_DECAY, AT_SCALE, AT_BEGIN, AT_END, AT_IN = _constants(
+    layout.GroupEntry, "size", "lr", "momentum", "dampening", "weight_decay", "scale", "begin", "end", "in"
+)
+AT_NESTEROV, AT_MAXIMIZE, AT_SCALE_INVARIANT, AT_WITHOUT_BUFFERS = _constants(
+    layout.GroupEntry, "nesterov", "maximize", "scale_invariant", "without_buffers"
+)
+AT_BIG_P, AT_KAPPA, AT_EXPONENT, AT_MOMENTUM_INITIALIZED = _constants(
+    layout.DeviceScale, "P", "kappa", "exponent", "momentum_initialized"
+)
+STEP, IDLE, STATISTIC = map(tl.constexpr, (layout.STEP, layout.IDLE, layout.STATISTIC))
+FLOAT32, FLOAT64 = map(tl.constexpr, (layout.FLOAT32, layout.FLOAT64))
+
+
+@triton.jit
+def _at(entry, OFFSET: tl.constexpr, T: tl.constexpr):
+    """A pointer to a field of a struct, or of each of a block of structs."""
+    return (entry + OFFSET).to(tl.pointer_type(T))
+
+
+@triton.jit
+def _field(entry, OFFSET: tl.constexpr, T: tl.constexpr):
+    return tl.load(_at(entry, OFFSET, T))
+
+
+@triton.jit
+def _tile(tensors, tiles, TILE: tl.constexpr):
+    """Of this program: the tensor's index and entry, the first element of the tile, and how many there are."""
+    tile = tl.load(tiles + tl.program_id(0))
+    index, first = tile >> 32, (tile & 0xFFFFFFFF) * TILE
+    tensor = tensors + TENSOR * index
+    return index, tensor, first, tl.minimum(_field(tensor, AT_NUMEL, tl.int64) - first, TILE).to(tl.int32)
+
+
+@triton.jit
+def _address(tensor, OFFSET: tl.constexpr, first, E: tl.constexpr):
+    """Of that element, of type E, of p, g or b; 0 where there is none."""
+    address = _field(tensor, OFFSET, tl.int64)
+    return tl.where(address == 0, 0, address + first * (E.primitive_bitwidth // 8))
 
 
 @triton.jit
@@ -54,8 +93,8 @@ def _update(row, p, g, b, offsets, mask, T: tl.constexpr):
     has_g = tl.broadcast_to(g.to(tl.int64, bitcast=True), offsets.shape) != 0
     has_b = tl.broadcast_to(b.to(tl.int64, bitcast=True), offsets.shape) != 0
     weight = tl.load(p + offsets, mask).to(T)
-    grad = tl.load(g + offsets, mask & has_g, other=0.0, eviction_policy="evict_first").to(T)
-    buf = tl.load(b + offsets, mask & has_b, other=0.0, eviction_policy="evict_first").to(T)
+    grad = tl.load(g + offsets, mask & has_g, other=0.0).to(T)
+    buf = tl.load(b + offsets, mask & has_b, other=0.0).to(T)
     a_b, a_g, a_p = tl.load(row).to(T), tl.load(row + 1).to(T), tl.load(row + 2).to(T)
     c_u, c_g, c_p = tl.load(row + 3).to(T), tl.load(row + 4).to(T), tl.load(row + 5).to(T)
     s_p, e, r_u, r_d = tl.load(row + 6).to(T), tl.load(row + 7).to(T), tl.load(row + 8).to(T), tl.load(row + 9).to(T)
@@ -63,44 +102,32 @@ def _update(row, p, g, b, offsets, mask, T: tl.constexpr):
     d = _plus(c_u, u, _plus(c_p, weight, _times(c_g, grad)))
     tl.store(p + offsets, _narrow(s_p * weight - e * d, p.dtype.element_ty), mask)
     buf = _narrow(_plus(r_d, d, r_u * u), b.dtype.element_ty)
-    tl.store(b + offsets, buf, mask & has_b, eviction_policy="evict_first")
+    tl.store(b + offsets, buf, mask & has_b)
 
 
-# A compiled kernel is launched again whatever it is given: nothing of its arguments is compiled in.
-@triton.jit(do_not_specialize_on_alignment=["tensors", "tiles", "rows", "found_inf"])
-def step(
-    tensors, tiles, rows, found_inf,
+@triton.jit(do_not_specialize_on_alignment=["tensors", "tiles", "rows", "skip"])
+def apply(
     P: tl.constexpr, G: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, ON_DEVICE: tl.constexpr,
+    tensors, tiles, rows, skip,
 ):  # fmt: skip
-    """Steps TILE elements of a tensor whose elements are of type P, those of its gradient of type G and those of its
-    buffer of type B; each is converted to the type of the arithmetic, which is float64 if one of them is.
+    """Applies its row to TILE elements of a tensor whose elements are of type P, those of its gradient of type G and
+    those of its buffer of type B; each is converted to the type of the arithmetic: float64 if one of them is.
 
-    ON_DEVICE: each tensor has a row of its own, left by `advance`, and nothing is changed if found_inf is not 0;
-    otherwise the table says which row, and found_inf is not read.
+    ON_DEVICE: each tensor has a row of its own, left by `advance`, and nothing is changed if that says so in `skip`;
+    otherwise its entry says which row, and `skip` is not read.
     """
     if ON_DEVICE:
-        if tl.load(found_inf) != 0:
+        if tl.load(skip) != 0:
             return
     WIDEST: tl.constexpr = max(P.primitive_bitwidth, G.primitive_bitwidth, B.primitive_bitwidth)
     T: tl.constexpr = tl.float64 if WIDEST == 64 else tl.float32
-    tile = tl.load(tiles + tl.program_id(0))
-    index, first = tile >> 32, (tile & 0xFFFFFFFF) * TILE
-    tensor = tensors + 5 * index
-    fields = tl.load(tensor + 4)
-    kind = (fields >> 48) & 0xFF
-    p, b, left = tl.load(tensor), tl.load(tensor + 2), tl.load(tensor + 3) - first
-    g = tl.where(kind == STATISTIC, 0, tl.load(tensor + 1))
-    row = rows + 10 * (index if ON_DEVICE else (fields >> 32) & 0xFFFF)
-
-    count = tl.minimum(left, TILE).to(tl.int32)
-    # Null pointers stay null, so that _update sees them.
-    p = p + first * (P.primitive_bitwidth // 8)
-    g = tl.where(g == 0, 0, g + first * (G.primitive_bitwidth // 8))
-    b = tl.where(b == 0, 0, b + first * (B.primitive_bitwidth // 8))
+    index, tensor, first, count = _tile(tensors, tiles, TILE)
+    row = rows + 10 * (index if ON_DEVICE else _field(tensor, AT_ROW, tl.int32))
+    p, g, b = _address(tensor, AT_P, first, P), _address(tensor, AT_G, first, G), _address(tensor, AT_B, first, B)
     p_at, g_at, b_at = p.to(tl.pointer_type(P)), g.to(tl.pointer_type(G)), b.to(tl.pointer_type(B))
+    offsets = tl.arange(0, TILE)
     if ((p | g | b) & 15) == 0:
         whole = count // VECTOR * VECTOR
-        offsets = tl.arange(0, TILE)
         # Pointers of their own, for what is said of them holds in this branch only.
         aligned_p = tl.multiple_of(p.to(tl.pointer_type(P)), 16)
         aligned_g = tl.multiple_of(g.to(tl.pointer_type(G)), 16)
@@ -110,18 +137,61 @@ def step(
             rest = whole + tl.arange(0, VECTOR)
             _update(row, p_at, g_at, b_at, rest, rest < count, T)
     else:
-        offsets = tl.arange(0, TILE)
         _update(row, p_at, g_at, b_at, offsets, offsets < count, T)
 
 
 @triton.jit
-def _number(group, i: tl.constexpr, where):
-    """A hyperparameter: given, or at an address, as csrc/cuda.h `Number`."""
-    word = tl.load(group + i)
+def _sum_of_squares(x, offsets, count):
+    value = tl.load(x + offsets, offsets < count, other=0.0).to(tl.float64)
+    return tl.sum(value * value)
+
+
+@triton.jit
+def _squares(address, count, E: tl.constexpr, TILE: tl.constexpr):
+    """The sum of the squares of `count` elements of type E, in float64; 0 where there are none."""
+    x, offsets, count = address.to(tl.pointer_type(E)), tl.arange(0, TILE), tl.where(address == 0, 0, count)
+    if (address & 15) == 0:
+        whole = count // VECTOR * VECTOR
+        aligned = tl.multiple_of(address.to(tl.pointer_type(E)), 16)
+        total = _sum_of_squares(aligned, offsets, tl.multiple_of(whole, 16))
+        total += _sum_of_squares(x, whole + tl.arange(0, VECTOR), count)
+    else:
+        total = _sum_of_squares(x, offsets, count)
+    return total
+
+
+@triton.jit(do_not_specialize_on_alignment=["tensors", "tiles", "begins", "of_tiles"])
+def reduce(P: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, tensors, tiles, begins, of_tiles):
+    """‖p‖² and ‖g‖² of a tile, into of_tiles, where those of each tensor's tiles begin at `begins`."""
+    index, tensor, first, count = _tile(tensors, tiles, TILE)
+    to = of_tiles + 2 * (tl.load(begins + index) + first // TILE)
+    tl.store(to, _squares(_address(tensor, AT_P, first, P), count, P, TILE))
+    tl.store(to + 1, _squares(_address(tensor, AT_G, first, G), count, G, TILE))
+
+
+@triton.jit(do_not_specialize_on_alignment=["begins", "of_tiles", "sums"])
+def add(BLOCK: tl.constexpr, begins, of_tiles, sums):
+    """Adds what `reduce` leaves of a tensor's tiles, always in the same order."""
+    index = tl.program_id(0)
+    at, end = tl.load(begins + index), tl.load(begins + index + 1)
+    of_p, of_g = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    while at < end:
+        i = at + tl.arange(0, BLOCK)
+        of_p += tl.load(of_tiles + 2 * i, i < end, other=0.0)
+        of_g += tl.load(of_tiles + 2 * i + 1, i < end, other=0.0)
+        at += BLOCK
+    tl.store(sums + 2 * index, tl.sum(of_p))
+    tl.store(sums + 2 * index + 1, tl.sum(of_g))
+
+
+@triton.jit
+def _number(group, OFFSET: tl.constexpr, i: tl.constexpr):
+    """A hyperparameter, the one whose place is in[i]: given, or at an address."""
+    word, where = _field(group, OFFSET, tl.int64), _field(group, AT_IN + i, tl.uint8)
     value = word.to(tl.float64, bitcast=True)
-    if where == 1:
+    if where == FLOAT32:
         value = tl.load(word.to(tl.pointer_type(tl.float32))).to(tl.float64)
-    if where == 2:
+    if where == FLOAT64:
         # Half by half: up to 3.9 at least, Triton sets the result of a load to 0 first, and of one that is as wide as
         # an address that nothing else needs, LLVM puts both into one register. It is then address 0 that is read.
         halves = word.to(tl.pointer_type(tl.uint32))
@@ -137,26 +207,32 @@ def _clipped(kappa, limit):
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "groups", "first_of_group", "tensors", "rows", "started", "grad_scale", "found_inf",
+        "groups", "requests", "rows", "skip", "momentum_initialized", "grad_scale", "found_inf",
     ]
 )  # fmt: skip
-def advance(groups, first_of_group, tensors, rows, started, grad_scale, found_inf, BLOCK: tl.constexpr):
-    """Computes the rows of one group's tensors, and advances its P and κ: texp.theory.advance, in float64.
+def advance(BLOCK: tl.constexpr, groups, requests, rows, skip, momentum_initialized, grad_scale, found_inf):
+    """Computes the rows that one group's tensors request, and advances its P and κ: texp.theory.advance, in float64.
 
-    Changes nothing if found_inf is not 0. first_of_group: where the tensors of each group begin, and of the last end.
+    If found_inf is not 0, nothing is changed, and `skip` says so to `apply`. A null found_inf counts as 0, a null
+    grad_scale as 1, and a group whose scale is null as none.
     """
-    if tl.load(found_inf) != 0:
+    overflow = tl.load(found_inf, found_inf.to(tl.int64, bitcast=True) != 0, other=0.0) != 0
+    if tl.program_id(0) == 0:
+        tl.store(skip, overflow.to(tl.int32))
+    if overflow:
         return
-    group = groups + 7 * tl.program_id(0)
-    flags = tl.load(group + 5)
-    lr, momentum = _number(group, 0, flags & 0xFF), _number(group, 1, (flags >> 8) & 0xFF)
-    dampening, weight_decay = _number(group, 2, (flags >> 16) & 0xFF), _number(group, 3, (flags >> 24) & 0xFF)
-    nesterov, maximize = ((flags >> 32) & 0xFF) != 0, ((flags >> 40) & 0xFF) != 0
-    scale_invariant, unbuffered = ((flags >> 48) & 0xFF) != 0, ((flags >> 56) & 0xFF) != 0
-    state = tl.load(group + 4).to(tl.pointer_type(tl.float64))
-    counts = tl.load(group + 4).to(tl.pointer_type(tl.int64))
-    P, kappa, exponent, begun = tl.load(state), tl.load(state + 1), tl.load(counts + 2), tl.load(counts + 3)
-    first = unbuffered | (begun == 0)
+    group = groups + GROUP * tl.program_id(0)
+    if _field(group, AT_SCALE, tl.int64) == 0:
+        return
+    lr, momentum = _number(group, AT_LR, 0), _number(group, AT_MOMENTUM, 1)
+    dampening, weight_decay = _number(group, AT_DAMPENING, 2), _number(group, AT_WEIGHT_DECAY, 3)
+    nesterov, maximize = _field(group, AT_NESTEROV, tl.uint8) != 0, _field(group, AT_MAXIMIZE, tl.uint8) != 0
+    scale_invariant = _field(group, AT_SCALE_INVARIANT, tl.uint8) != 0
+    without_buffers = _field(group, AT_WITHOUT_BUFFERS, tl.uint8) != 0
+    scale = _field(group, AT_SCALE, tl.int64).to(tl.pointer_type(tl.uint8))
+    P, kappa = _field(scale, AT_BIG_P, tl.float64), _field(scale, AT_KAPPA, tl.float64)
+    exponent, initialized = _field(scale, AT_EXPONENT, tl.int64), _field(scale, AT_MOMENTUM_INITIALIZED, tl.int64)
+    first = without_buffers | (initialized == 0)
 
     # torch.optim.SGD, with ĝ = g + λθ: v ← keep·v + enter·ĝ and θ ← θ − η(direct·ĝ + through·v)
     plain = momentum == 0
@@ -186,24 +262,26 @@ def advance(groups, first_of_group, tensors, rows, started, grad_scale, found_in
     growth = shrink / alpha
 
     P2 = P * P
-    sign = tl.where(maximize, -1.0, 1.0) / tl.load(grad_scale).to(tl.float64)
+    scaled_by = tl.load(grad_scale, grad_scale.to(tl.int64, bitcast=True) != 0, other=1.0)
+    sign = tl.where(maximize, -1.0, 1.0) / scaled_by.to(tl.float64)
     heavy_ball = direct == 0  # then d = u, and α·u + κc·η·d is u itself
     idle_a_p = alpha * (kappa - kappa_c / alpha) / P2
     r_u, r_d = tl.where(heavy_ball, 1.0, alpha) / shrink, tl.where(heavy_ball, 0.0, kappa_c * lr) / shrink
 
-    kind_with_momentum = tl.where(plain, -1, STEPPING)  # the interpreter cannot broadcast a comparison of floats
-    at, end = tl.load(first_of_group + tl.program_id(0)), tl.load(first_of_group + tl.program_id(0) + 1)
+    kind_with_momentum = tl.where(plain, -1, STEP)  # the interpreter cannot broadcast a comparison of floats
+    at, end = _field(group, AT_BEGIN, tl.int32), _field(group, AT_END, tl.int32)
     while at < end:
         i = at + tl.arange(0, BLOCK)
         mask = i < end
-        fields = tl.load(tensors + 5 * i + 4, mask, other=0)
-        power = tl.load(tensors + 5 * i + 1, mask, other=0).to(tl.float64, bitcast=True)
-        kind, slot = (fields >> 48) & 0xFF, fields & 0xFFFFFFFF
-        buffered, fresh = ((fields >> 56) & BUFFERED) != 0, ((fields >> 56) & FRESH) != 0
-        known = tl.load(started + slot, mask & buffered & (fresh == 0), other=0) != 0
-        unstarted = buffered & (known == 0)
-        steps, idle = kind == STEPPING, kind == IDLE
-        starts = (kind == kind_with_momentum) & unstarted
+        request = requests + REQUEST * tl.minimum(i, end - 1).to(tl.int64)
+        kind, power = _field(request, AT_KIND, tl.uint8), _field(request, AT_POWER, tl.float64)
+        has_buffer = _field(request, AT_HAS_BUFFER, tl.uint8) != 0
+        is_old = has_buffer & (_field(request, AT_NEWLY_ALLOCATED, tl.uint8) == 0)
+        own = momentum_initialized + _field(request, AT_SLOT, tl.int32)
+        known = tl.load(own, mask & is_old, other=0) != 0
+        uninitialized = has_buffer & (known == 0)
+        steps, idle = kind == STEP, kind == IDLE
+        starts = (kind == kind_with_momentum) & uninitialized
         runs = steps & (starts == 0)
         # Powers 1 and 2, those of means and variances behind one layer, are exact products.
         grown = tl.exp(tl.where(kind == STATISTIC, power, 0.0) * tl.log(growth))
@@ -212,9 +290,9 @@ def advance(groups, first_of_group, tensors, rows, started, grad_scale, found_in
         a_b = tl.where(runs, keep, tl.where(idle, alpha, 0.0))
         a_g = tl.where(runs, enter * sign, tl.where(starts, sign, 0.0))
         a_p = tl.where(runs, kappa_running, kappa_first) - kappa_c
-        # The buffer of a tensor that has not taken its first step stays 0.
-        a_p = tl.where(steps, a_p / P2, tl.where(idle & (unstarted == 0), idle_a_p, 0.0))
-        row = rows + 10 * i
+        # A buffer that is not initialized yet stays 0.
+        a_p = tl.where(steps, a_p / P2, tl.where(idle & (uninitialized == 0), idle_a_p, 0.0))
+        row = rows + 10 * i.to(tl.int64)
         tl.store(row, a_b, mask)
         tl.store(row + 1, a_g, mask)
         tl.store(row + 2, a_p, mask)
@@ -225,11 +303,12 @@ def advance(groups, first_of_group, tensors, rows, started, grad_scale, found_in
         tl.store(row + 7, tl.where(steps, P2 * lr / alpha * shrink, 0.0), mask)
         tl.store(row + 8, tl.where(steps, r_u, tl.where(idle, 1 / shrink, 0.0)), mask)
         tl.store(row + 9, tl.where(steps, r_d, 0.0), mask)
-        tl.store(started + slot, 1, mask & (kind == kind_with_momentum) & buffered)
+        tl.store(own, 1, mask & (kind == kind_with_momentum) & has_buffer)
         at += BLOCK
 
-    tl.debug_barrier()  # all threads have read the state
-    tl.store(state, P / alpha * shrink)
-    tl.store(state + 1, kappa_c / alpha)
-    tl.store(counts + 2, exponent + tl.where(halves, 1, 0))
-    tl.store(counts + 3, tl.where(((unbuffered == 0) & (begun != 0)) | (momentum != 0), 1, 0))
+    tl.debug_barrier()  # all threads have read the scale
+    tl.store(_at(scale, AT_BIG_P, tl.float64), P / alpha * shrink)
+    tl.store(_at(scale, AT_KAPPA, tl.float64), kappa_c / alpha)
+    tl.store(_at(scale, AT_EXPONENT, tl.int64), exponent + tl.where(halves, 1, 0))
+    initialized = tl.where(((without_buffers == 0) & (initialized != 0)) | (momentum != 0), 1, 0)
+    tl.store(_at(scale, AT_MOMENTUM_INITIALIZED, tl.int64), initialized)

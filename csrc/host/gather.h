@@ -262,6 +262,8 @@ class Gather {
     if (options[Key::norm_stats] != nullptr && !found_) throw GivesNormStats{};
     PyObject* list = options.required(Key::params);
     if (!PyList_Check(list) && !PyTuple_Check(list)) throw py::type_error("group['params'] must be a list");
+    if (device_ == nullptr && options[Key::scale] == nullptr && !reader_.flag(options[Key::scale_invariant]))
+      return gather_ordinary(index, options, list);
     params_.clear();
     bool steps = false, all = true;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
@@ -326,6 +328,31 @@ class Gather {
     if (device_ != nullptr) {
       entry.end = static_cast<int32_t>(requests.size());
       groups.push_back(entry);
+    }
+  }
+
+  // A group without the keys of an exponential one, with its rows on the host: its parameters do not depend on each
+  // other.
+  void gather_ordinary(Py_ssize_t index, const Options& options, PyObject* list) {
+    int32_t update = -1, running = -1;
+    bool has_momentum = false;
+    const bool may_be_usual = cpu_.take && !momentum_dtype_ && !is_watched_ && known_rows_ == nullptr;
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
+      Param param = reader_.param(PySequence_Fast_GET_ITEM(list, i));
+      if (!param.has_grad()) continue;
+      if (update < 0) {
+        const Hyperparameters& h = reader_.hyperparameters(options, index);
+        update = update_of(h, {}, false);
+        has_momentum = h.momentum != 0;
+      }
+      if (has_momentum) param.buf = reader_.buffer(param);
+      if (param.buf != nullptr && may_be_usual && param.grad != nullptr && THPVariable_CheckExact(param.buf)) {
+        if (running < 0) running = row_of(update, Kind::running);
+        if (on_cpu_.take_usual(THPVariable_Unpack(param.object), param.grad, &THPVariable_Unpack(param.buf), running)) continue;
+      }
+      const Kind kind = param.buf == nullptr && has_momentum ? Kind::first : Kind::running;
+      const int32_t row = row_of(update, kind);
+      if (const Refusal refusal = take(param, kind, row)) refuse(index, refusal, row, kind, param);
     }
   }
 

@@ -82,7 +82,8 @@ struct Refusal {
 
 class TensorList {
  public:
-  explicit TensorList(c10::Device device) : device_(device), plain_(device.is_cpu() ? kPlainOnCpu : kPlainOnCuda) {}
+  explicit TensorList(c10::Device device)
+      : device_(device), is_cpu_(device.is_cpu()), plain_(is_cpu_ ? kPlainOnCpu : kPlainOnCuda) {}
 
   const c10::Device& device() const { return device_; }
   const TensorEntry* entries() const { return entries_.data(); }
@@ -110,8 +111,12 @@ class TensorList {
 
   // Takes p, g and b (null: none) if they are what nearly all tensors are: of one dtype, plain and contiguous.
   [[gnu::flatten]] bool take_usual(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
-    if (!is_usual(p) || (g != nullptr && !is_like(*g, p)) || (b != nullptr && !is_like(*b, p)) || !shared_.empty())
+    const c10::TensorImpl& impl = *p.unsafeGetTensorImpl();
+    if (!is_usual(impl) || !shared_.empty() || (g != nullptr && !is_like(*g->unsafeGetTensorImpl(), impl)) ||
+        (b != nullptr && !is_like(*b->unsafeGetTensorImpl(), impl)))
       return false;
+    const at::ScalarType type = impl.dtype().toScalarType();
+    if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
     const Dtype dtype = dtype_of(p);
     push(p, p, g, b, b, row, Dtypes::of(dtype, dtype, dtype));
     return true;
@@ -167,14 +172,14 @@ class TensorList {
         if (!shared_.empty()) return true;
         known = layout;
       }
-      if (device_.is_cpu()) tiles_.make(entries_.data(), size());
+      if (is_cpu_) tiles_.make(entries_.data(), size());
     }
     is_checked_ = true;
     return false;
   }
 
   // Whether the step is long enough to amortise releasing the GIL.
-  bool releases_gil() const { return device_.is_cpu() && size_ != 0 && tiles_.elements > 1'000'000; }
+  bool releases_gil() const { return is_cpu_ && size_ != 0 && tiles_.elements > 1'000'000; }
 
   // Keeps tensors and their memory, which Python code that runs before or during the step may drop.
   void hold() {
@@ -213,22 +218,17 @@ class TensorList {
                                                     c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA};
 
   // What nearly all tensors are, told at little cost.
-  bool is_usual(const at::Tensor& t) const {
-    const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
-    if (impl.key_set() != plain_ || !impl.is_contiguous()) return false;
-    const at::ScalarType type = impl.dtype().toScalarType();
-    if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
-    return device_.is_cpu() || impl.device() == device_;
+  bool is_usual(const c10::TensorImpl& t) const {
+    return t.key_set() == plain_ && t.is_contiguous() && (is_cpu_ || t.device() == device_);
   }
 
-  bool is_like(const at::Tensor& t, const at::Tensor& p) const {
-    const c10::TensorImpl &impl = *t.unsafeGetTensorImpl(), &of_p = *p.unsafeGetTensorImpl();
-    if (impl.key_set() != plain_ || impl.dtype() != of_p.dtype() || !impl.is_contiguous()) return false;
-    const at::IntArrayRef sizes = impl.sizes(), wanted = of_p.sizes();
+  bool is_like(const c10::TensorImpl& t, const c10::TensorImpl& p) const {
+    if (t.dtype() != p.dtype() || !is_usual(t)) return false;
+    const at::IntArrayRef sizes = t.sizes(), wanted = p.sizes();
     if (sizes.size() != wanted.size()) return false;
     for (size_t i = 0; i < sizes.size(); ++i)
       if (sizes[i] != wanted[i]) return false;
-    return device_.is_cpu() || impl.device() == device_;
+    return true;
   }
 
   void push(const at::Tensor& p, const at::Tensor& p_flat, const at::Tensor* g_flat, const at::Tensor* b,
@@ -313,6 +313,7 @@ class TensorList {
   }
 
   const c10::Device device_;
+  const bool is_cpu_;
   const c10::DispatchKeySet plain_;
   std::vector<TensorEntry> entries_;  // beyond size_: those of the step before
   std::vector<Impls> impls_;

@@ -4,6 +4,8 @@ import math
 import struct
 import subprocess
 import sys
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,23 +14,37 @@ from hypothesis import strategies as st
 from torch import nn
 
 import texp
-from tests.backends import tables
-from tests.backends.tables import Table
+from tests.backends.tables import DTYPES, launch, rows_of, tensor_entry
 from tests.backends.test_core import ROWS, SIZES, applied, poisoned
 from tests.conftest import INTERPRETED, relative_error, same_bits
 from tests.states import assert_unchanged, snapshot
 from tests.test_package import environment
 from tests.test_theory import hypers
 from texp import backends, theory
+from texp.backends import reference
 from texp.backends.reference import Entry
-from texp.theory import Scale
+from texp.theory import KEEP, Row, Scale
 
 REASON = backends.available()["triton"]
 if REASON == backends.OK and not INTERPRETED:
     REASON = "Triton's interpreter is not asked for: TRITON_INTERPRET=1"
 interpreter = pytest.mark.skipif(REASON != backends.OK, reason=REASON)
 core = backends.core()
-needs_core = pytest.mark.skipif(core is None, reason=f"without the C++ core: {backends.available()['cpu']}")
+
+
+def apply(entries: list[Entry], rows: list[int], table: list[Row]) -> None:
+    """Applies to each entry the row of that index."""
+    tensors = b"".join(tensor_entry(*entry, row) for entry, row in zip(entries, rows, strict=True))
+    launch().Launcher().apply("cpu", 1, tensors, rows_of(table))
+
+
+@pytest.mark.skipif(not hasattr(core, "layout"), reason="the C++ core does not say how its tables are laid out")
+def test_the_tables_are_laid_out_as_in_the_core():
+    from texp.kernels import layout
+
+    for name, fields in core.layout().items():
+        fields.pop("unused", None)
+        assert layout.offsets(getattr(layout, name)) == fields, name
 
 
 @interpreter
@@ -38,8 +54,8 @@ needs_core = pytest.mark.skipif(core is None, reason=f"without the C++ core: {ba
 def test_every_element_is_written_once_and_no_other(wide_buf, name, offset):
     """All dtypes in one step, aligned or not, with and without gradient and buffer, larger than a tile; of whole
     numbers, so that nothing is rounded."""
-    table, checks = Table(), []
-    for dtype in tables.DTYPES:
+    entries, checks = [], []
+    for dtype in DTYPES:
         wide = torch.promote_types(dtype, torch.float32) if wide_buf else dtype
         for size in (*SIZES[::3], 8193):
             start = (torch.arange(size) % 50 * 2).double()
@@ -47,65 +63,103 @@ def test_every_element_is_written_once_and_no_other(wide_buf, name, offset):
                 p, p_storage = poisoned(start, dtype, offset)
                 b, b_storage = poisoned(start + 2, wide, offset)
                 g = torch.full((size + offset,), 4.0, dtype=dtype)[offset:]
-                table.add_fixed(Entry(p, g if with_grad else None, b if with_buf else None), ROWS[name])
+                entries.append(Entry(p, g if with_grad else None, b if with_buf else None))
                 p_next, b_next = applied(ROWS[name], start, 4.0 * with_grad, start + 2 if with_buf else 0.0)
-                # The table has addresses only.
-                checks += [(p, p_storage, p_next, g), (b, b_storage, b_next if with_buf else start + 2, g)]
-    backends.kernels("triton").launcher.step("cpu", table.tensors, tables.table_of(table.sources))
-    for inside, storage, expected, _ in checks:
+                checks += [(p, p_storage, p_next), (b, b_storage, b_next if with_buf else start + 2)]
+    apply(entries, [1] * len(entries), [KEEP, ROWS[name]])
+    for inside, storage, expected in checks:
         assert torch.equal(inside.double(), expected)
         inside.fill_(-7.0)
         assert (storage == -7.0).all()
 
 
+@interpreter
+@pytest.mark.parametrize("offset", [0, 1])
+def test_every_mix_of_dtypes_gives_what_the_reference_gives(offset):
+    """All 64 of them in one step, whose tensors have two rows by turns; of whole numbers, so that nothing is rounded.
+    Statistics, which have neither gradient nor buffer, are among them, and tensors without elements."""
+    rows = [ROWS["all terms"], Row(s_p=2.0)]
+    entries = []
+    for mix, size in product(product(DTYPES, repeat=3), (0, 37)):
+        p, g, b = ((torch.arange(size + offset) % 7 * 2 + k).to(dtype)[offset:] for k, dtype in enumerate(mix))
+        entries += [Entry(p, g, b), Entry(p.clone()[offset:])]
+    expected = [Entry(*(None if x is None else x.clone() for x in entry)) for entry in entries]
+    apply(entries, [i % 2 for i in range(len(entries))], rows)
+    for k, row in enumerate(rows):
+        reference.apply(row, expected[k::2])
+    for actual, wanted in zip(entries, expected, strict=True):
+        assert torch.equal(actual.param, wanted.param)
+        assert actual.buf is None or torch.equal(actual.buf, wanted.buf)
+
+
+@interpreter
+@pytest.mark.parametrize("offset", [0, 1])
+def test_sums_of_squares(offset):
+    """Of all dtypes; with ε = 2u, a sum of n squares is rounded n times at most, and each square once. The same bits
+    come out again."""
+    generator = torch.Generator().manual_seed(0)
+    entries, expected, sizes = [], [], []
+    for (p_dtype, g_dtype), size in product(product(DTYPES, repeat=2), (0, 1, 37, 9001)):
+        p = torch.randn(size + offset, generator=generator).to(p_dtype)[offset:]
+        g = torch.randn(size + offset, generator=generator).to(g_dtype)[offset:]
+        entries += [Entry(p, g, p), Entry(p)]
+        expected += [(p.double().square().sum(), g.double().square().sum()), (p.double().square().sum(), 0.0)]
+        sizes += [size, size]
+    tensors, launcher = b"".join(tensor_entry(*entry) for entry in entries), launch().Launcher()
+    sums = launcher.reduce("cpu", tensors)
+    bound = (torch.tensor(sizes)[:, None] + 1) * torch.finfo(torch.float64).eps * sums
+    assert ((sums - torch.tensor(expected, dtype=torch.float64)).abs() <= bound).all()
+    for other in (launcher, launch().Launcher()):
+        assert same_bits(other.reduce("cpu", tensors), sums)
+    assert launcher.reduce("cpu", b"").shape == (0, 2)
+
+
 class Advanced:
-    """What the kernel `advance` makes of one group.
+    """What a step on the device makes of one group, of one element a tensor.
 
     lr: in device memory, in place of that of hyper.
     """
 
-    KINDS = ("running", "starting", "unbuffered", "idle", "idle before its first step", "idle, unbuffered")
+    STEP, IDLE, STATISTIC = range(3)
+    # What a tensor is and has: kind, has_buffer, newly_allocated.
+    TENSORS = {
+        "running": (STEP, True, False), "starting": (STEP, True, True), "without buffer": (STEP, False, False),
+        "idle": (IDLE, True, False), "idle before its first step": (IDLE, True, False),
+        "idle, without buffer": (IDLE, False, False), "late": (STEP, True, False),
+    }  # fmt: skip
+    INITIALIZED = [1, 0, 0, 1, 0, 0, 0]
     POWERS = (1.0, 2.0, 0.5, -3.0, 0.0)
 
     def __init__(
-        self, scale: Scale, hyper, begun: bool, unbuffered: bool, grad_scale: float, found_inf: float = 0.0, lr=None
+        self, scale: Scale, hyper, initialized: bool, without_buffers: bool, grad_scale=None, found_inf=None, lr=None
     ):
-        from texp.kernels import launch
-
-        self.state = torch.tensor([[scale.P, scale.kappa, 0, 0]], dtype=torch.float64)
-        self.state.view(torch.int64)[0, 2:] = torch.tensor([scale.exponent, begun])
-        self.started = torch.tensor([1, 0, 0, 1, 0, 0], dtype=torch.uint8)
-        buffered = {0: tables.BUFFERED, 1: tables.BUFFERED | tables.FRESH, 3: tables.BUFFERED, 4: tables.BUFFERED}
-        p, table = torch.zeros(1), Table()
-        for slot, kind in enumerate(self.KINDS):
-            of_kind = tables.IDLE if kind.startswith("idle") else tables.STEPPING
-            table.add(Entry(p), 0, of_kind, slot=slot, flags=buffered.get(slot, 0))
-        for power in self.POWERS:
-            table.add(Entry(p), 0, tables.STATISTIC, power=power)
+        self.scales = torch.tensor([[scale.P, scale.kappa, 0, 0]], dtype=torch.float64)
+        self.scales.view(torch.int64)[0, 2:] = torch.tensor([scale.exponent, initialized])
+        self.momentum_initialized = torch.tensor(self.INITIALIZED, dtype=torch.uint8)
+        self.p = torch.ones(len(self.TENSORS) + len(self.POWERS), dtype=torch.float64)
+        requests = [
+            struct.pack("=dii3B5x", 0.0, 0, slot, *request) for slot, request in enumerate(self.TENSORS.values())
+        ] + [struct.pack("=dii3B5x", power, 0, -1, self.STATISTIC, 0, 0) for power in self.POWERS]
         of_lr = struct.pack("=d", hyper.lr) if lr is None else struct.pack("=Q", lr.data_ptr())
-        numbers = of_lr + struct.pack("=3d", hyper.momentum, hyper.dampening, hyper.weight_decay)
-        where = 0 if lr is None else {torch.float32: tables.FLOAT32, torch.float64: tables.FLOAT64}[lr.dtype]
-        flags = (hyper.nesterov, hyper.maximize, hyper.scale_invariant, unbuffered)
-        group = tables.GROUP.pack(numbers, self.state.data_ptr(), where, 0, 0, 0, *flags)
-        count = len(self.KINDS) + len(self.POWERS)
-        self.rows = torch.full((count, 10), math.nan, dtype=torch.float64)
-        launch._launch(
-            launch.kernels.advance,
-            launch._ADVANCE,
-            1,
-            torch.device("cpu"),
-            torch.frombuffer(bytearray(group), dtype=torch.int64),
-            torch.tensor([0, count]),
-            torch.frombuffer(table.tensors, dtype=torch.int64),
-            self.rows,
-            self.started,
-            torch.tensor([grad_scale]),
-            torch.tensor([found_inf]),
-            4,  # tensors at once: several rounds
+        where = {None: 0, torch.float32: 1, torch.float64: 2}[lr if lr is None else lr.dtype]
+        numbers = (hyper.momentum, hyper.dampening, hyper.weight_decay)
+        flags = (hyper.nesterov, hyper.maximize, hyper.scale_invariant, without_buffers)
+        group = (*numbers, self.scales.data_ptr(), 0, len(requests), where, 0, 0, 0, *flags)
+        self.tables = (
+            b"".join(tensor_entry(x) for x in self.p), of_lr + struct.pack("=3dQii4B4?", *group), b"".join(requests)
+        )  # fmt: skip
+        self.given = (
+            None if grad_scale is None else torch.tensor([grad_scale]),
+            None if found_inf is None else torch.tensor([found_inf]),
         )
+        self.launcher = launch().Launcher()
+        self.launcher.step_on_device(1, *self.tables, self, *self.given, False)
+        # The launch of `advance` is the last one in the list.
+        (step,) = self.launcher._steps.values()
+        self.rows, self.skip = step._last.launches[-1].tensors[2:]
 
     def scale(self) -> Scale:
-        return Scale(self.state[0, 0].item(), int(self.state.view(torch.int64)[0, 2]), self.state[0, 1].item())
+        return Scale(self.scales[0, 0].item(), int(self.scales.view(torch.int64)[0, 2]), self.scales[0, 1].item())
 
 
 @interpreter
@@ -114,26 +168,40 @@ class Advanced:
     P=st.floats(1, 2, exclude_max=True),
     exponent=st.integers(-5, 5000),
     kappa=st.floats(0, 100, allow_subnormal=False),
-    begun=st.booleans(),
-    unbuffered=st.booleans(),
-    grad_scale=st.sampled_from([1.0, 2.0**16, 3.0]),
+    initialized=st.booleans(),
+    without_buffers=st.booleans(),
+    grad_scale=st.sampled_from([None, 1.0, 2.0**16, 3.0]),
+    at_once=st.sampled_from([4, 256]),
 )
-def test_the_rows_on_the_device_have_the_bits_of_theory(hyper, P, exponent, kappa, begun, unbuffered, grad_scale):
-    """But for statistics with powers other than 1 and 2, by exp and log: within a few ulp."""
+def test_the_rows_on_the_device_have_the_bits_of_theory(
+    hyper, P, exponent, kappa, initialized, without_buffers, grad_scale, at_once
+):
+    """But for statistics with powers other than 1 and 2, by exp and log: within a few ulp.
+
+    at_once: rows that are computed at once, in several rounds or in one.
+    """
     scale = Scale(P, exponent, kappa)
-    of = Advanced(scale, hyper, begun, unbuffered, grad_scale)
-    step = theory.advance(scale, hyper, first=unbuffered or not begun, grad_scale=grad_scale)
-    unread = step.idle._replace(a_p=0.0)  # it has a buffer of zeros, which stays so
-    expected = [step.running, step.first, step.running, step.idle, unread, step.idle]
-    assert of.rows[: len(expected)].tolist() == [list(row) for row in expected]
-    statistics = of.rows[len(expected) :]
-    for row, power in zip(statistics.tolist(), of.POWERS, strict=True):
-        expected_row = list(step.norm_stat(power))
-        assert row == expected_row or (power not in (1, 2) and row == pytest.approx(expected_row, rel=4e-15))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch(), "_BLOCK", at_once)
+        of = Advanced(scale, hyper, initialized, without_buffers, grad_scale)
+    first = without_buffers or not initialized
+    step = theory.advance(scale, hyper, first=first, grad_scale=1.0 if grad_scale is None else grad_scale)
+    zero_buffer = step.idle._replace(a_p=0.0)  # which stays so
+    rows = [step.running, step.first, step.running, step.idle, zero_buffer, step.idle, step.first]
+    assert of.rows[: len(rows)].tolist() == [list(row) for row in rows]
+    rows += map(step.norm_stat, of.POWERS)
+    for row, power, expected in zip(
+        of.rows.tolist()[-len(of.POWERS) :], of.POWERS, rows[-len(of.POWERS) :], strict=True
+    ):
+        assert row == list(expected) or (power not in (1, 2) and row == pytest.approx(expected, rel=4e-15))
     assert of.scale() == step.scale
     momentum = hyper.momentum != 0
-    assert of.started.tolist() == [1, momentum, 0, 1, 0, 0]
-    assert of.state.view(torch.int64)[0, 3] == ((begun and not unbuffered) or momentum)
+    assert of.momentum_initialized.tolist() == [1, momentum, 0, 1, 0, 0, momentum]
+    assert of.scales.view(torch.int64)[0, 3] == ((initialized and not without_buffers) or momentum)
+    assert of.skip == 0
+    # Each tensor, a weight of 1 without a gradient, has been given its row.
+    expected = [applied(Row(*row), 1.0, 0.0, 0.0)[0] for row in of.rows.tolist()]
+    assert of.p.tolist() == pytest.approx(expected, rel=1e-15)
 
 
 @interpreter
@@ -149,17 +217,35 @@ def test_a_number_on_the_device_keeps_its_bits(dtype, value):
     """The row of an ordinary step without momentum holds its LR as it is."""
     most = torch.finfo(dtype).max
     lr = torch.tensor(min(max(value, -most), most), dtype=dtype)
-    of = Advanced(Scale(), theory.Hyperparameters(0.0, 0.0, 0.0, 0.0), False, False, 1.0, lr=lr)
+    of = Advanced(Scale(), theory.Hyperparameters(0.0, 0.0, 0.0, 0.0), False, False, lr=lr)
     assert same_bits(of.rows[0, 7], lr.double())
 
 
 @interpreter
-def test_an_overflow_advances_nothing():
+@pytest.mark.parametrize("found_inf", [1.0, math.inf, math.nan])
+def test_an_overflow_changes_nothing(found_inf):
     hyper = theory.Hyperparameters(0.1, 0.9, 0.0, 0.1, scale_invariant=True)
-    of = Advanced(Scale(1.5, 3, 0.25), hyper, True, False, 1.0, found_inf=1.0)
+    of = Advanced(Scale(1.5, 3, 0.25), hyper, True, False, found_inf=found_inf)
     assert of.scale() == Scale(1.5, 3, 0.25)
+    assert of.skip == 1
+    assert of.momentum_initialized.tolist() == of.INITIALIZED
+    assert (of.p == 1).all()
+    of.rows.fill_(math.nan)
+    of.launcher.step_on_device(1, *of.tables, of, None, torch.tensor([found_inf]), False)
     assert of.rows.isnan().all()
-    assert of.started.tolist() == [1, 0, 0, 1, 0, 0]
+    of.launcher.step_on_device(1, *of.tables, of, None, torch.tensor([0.0]), False)
+    assert of.skip == 0
+    assert of.scale() == theory.advance(Scale(1.5, 3, 0.25), hyper).scale
+
+
+@interpreter
+def test_a_step_without_any_group_says_whether_it_is_skipped():
+    state = SimpleNamespace(scales=torch.zeros(0, 4), momentum_initialized=torch.zeros(0, dtype=torch.uint8))
+    launcher = launch().Launcher()
+    for found_inf in (1.0, 0.0, 1.0):
+        launcher.step_on_device(1, b"", b"", b"", state, None, torch.tensor([found_inf]), False)
+        (step,) = launcher._steps.values()
+        assert step._last.launches[-1].tensors[3] == found_inf
 
 
 @interpreter
@@ -188,94 +274,162 @@ def test_hyperparameters_on_the_device(dtype):
 
 
 class TestUploads:
-    """Tables go to the device when anything in them has changed, and only then."""
+    """Tables go to the device when their version has changed, rows when one of them has, and nothing else does."""
 
     @pytest.fixture
-    def run(self, monkeypatch):
+    def uploads(self, monkeypatch) -> list[int]:
+        """How many bytes each of the uploads that follow has."""
         if REASON != backends.OK:
             pytest.skip(REASON)
-        from texp.kernels import launch
-
-        uploads = []
-        upload = launch._Tables._upload
+        made, upload = [], launch()._Tables.upload
         monkeypatch.setattr(
-            launch._Tables, "_upload", lambda self, words: uploads.append(len(words)) or upload(self, words)
+            launch()._Tables, "upload", lambda self, data: (made.append(len(data)), upload(self, data))
         )
-        p = nn.Parameter(torch.arange(10.0))
-        p.grad = torch.ones(10)
-        optimizer = texp.SGD([p], lr=1.0, backend="triton")
-        optimizer.step()
-        assert len(uploads) == 1
-        return p, optimizer, uploads
+        return made
 
-    def test_the_same_step_uploads_nothing(self, run):
-        p, optimizer, uploads = run
-        for _ in range(3):
-            optimizer.step()
-        assert len(uploads) == 1
-        assert torch.equal(p.detach(), torch.arange(10.0) - 4)
+    def test_what_has_the_same_version_stays(self, uploads):
+        launcher, p, g = launch().Launcher(), torch.zeros(10), torch.ones(10)
+        tensors = tensor_entry(p, g)
+        for step, (version, e) in enumerate([(7, 1.0), (7, 1.0), (7, 1.0), (7, 2.0), (7, 2.0), (8, 2.0), (8, 2.0)]):
+            launcher.apply("cpu", version, memoryview(tensors), memoryview(rows_of([Row(c_g=1.0, e=e)])))
+            assert uploads == [120, 80, 120][: (1, 1, 1, 2, 2, 3, 3)[step]]
+        assert torch.equal(p, torch.full((10,), -11.0))
 
-    @pytest.mark.parametrize("change", ["lr", "gradient", "size", "dtype"])
-    def test_what_changes_is_uploaded(self, run, change):
+    @pytest.mark.parametrize("change", ["gradient", "size", "dtype", "more tensors", "more rows"])
+    def test_another_version_is_uploaded(self, uploads, change):
         """A size or a dtype also where the address stays the same."""
-        p, optimizer, uploads = run
-        if change == "lr":
-            optimizer.param_groups[0]["lr"] = 2.0
-            expected = torch.arange(10.0) - 3
-        elif change == "gradient":
-            p.grad = torch.full((10,), 5.0)
-            expected = torch.arange(10.0) - 6
+        launcher, p, g = launch().Launcher(), torch.ones(10), torch.ones(10)
+        launcher.apply("cpu", 1, tensor_entry(p, g), rows_of([Row(c_g=1.0, e=1.0)]))
+        q, tensors, rows = p[:4], [tensor_entry(p, g)], [Row(c_g=1.0, e=1.0)]
+        if change == "gradient":
+            grads = g + 1
+            tensors = [tensor_entry(p, grads)]
+            expected = torch.full((10,), -2.0)
         elif change == "size":
-            whole = p.data
-            p.grad = None
-            p.data = whole[:4]
-            p.grad = torch.ones(4)
-            expected = torch.cat((torch.arange(4.0) - 2, torch.arange(4.0, 10.0) - 1))
+            tensors = [tensor_entry(q, g[:4])]
+            expected = torch.tensor([-1.0] * 4 + [0.0] * 6)
+        elif change == "dtype":
+            p.view(torch.bfloat16).fill_(3.0)
+            g.view(torch.bfloat16).fill_(1.0)
+            tensors = [tensor_entry(p.view(torch.bfloat16), g.view(torch.bfloat16))]
+            expected = torch.full((20,), 2.0, dtype=torch.bfloat16).view(torch.float32)
+        elif change == "more tensors":
+            tensors = [tensor_entry(q, g[:4]), tensor_entry(p[4:], g[4:])]
+            expected = torch.full((10,), -1.0)
         else:
-            p.grad = None
-            p.data = p.data.view(torch.bfloat16)
-            p.data.fill_(1.0)
-            p.grad = torch.ones_like(p)
-            expected = torch.zeros(20, dtype=torch.bfloat16)
-        optimizer.step()
-        assert len(uploads) == 2
-        assert torch.equal(whole if change == "size" else p.detach(), expected)
+            tensors, rows = [tensor_entry(p, g, row=1)], [Row(), Row(c_g=1.0, e=5.0)]
+            expected = torch.full((10,), -5.0)
+        launcher.apply("cpu", 2, b"".join(tensors), rows_of(rows))
+        assert uploads == [120, 40 * len(tensors) + 80 * len(rows)]
+        assert torch.equal(p, expected)
 
-    def test_nothing_is_kept_of_a_step_that_failed(self, run, monkeypatch):
-        from texp.kernels import launch
+    def test_lists_of_tensors_that_take_turns(self, monkeypatch):
+        """Their tables are kept apart, up to so many."""
+        if REASON != backends.OK:
+            pytest.skip(REASON)
+        launcher, made, tiles = launch().Launcher(), [], launch()._tiles
+        monkeypatch.setattr(launch(), "_tiles", lambda *sizes: (made.append(sizes), tiles(*sizes))[1])
+        many = launch()._KNOWN + 1
+        params, g = [torch.zeros(n) for n in range(1, many + 1)], torch.ones(many)
+        for version, p in enumerate([*params[:2] * 5, *params]):
+            launcher.apply("cpu", version, tensor_entry(p, g), rows_of([Row(c_g=1.0, e=1.0)]))
+            assert len(made) == min(version + 1, 2) if version < 10 else max(2, version - 9)
+        assert [p[-1].item() for p in params] == [-6.0, -6.0, *[-1.0] * (many - 2)]
+        assert len(made) == many
 
-        p, optimizer, _ = run
-        before, upload = p.detach().clone(), launch._Tables._upload
+    def test_nothing_is_kept_of_a_step_that_failed(self, monkeypatch, uploads):
+        launcher, p, g = launch().Launcher(), torch.zeros(3), torch.ones(3)
+        for version, lr in ((1, 1.0), (1, 2.0), (2, 2.0)):
+            given = ("cpu", version, tensor_entry(p, g), rows_of([Row(c_g=1.0, e=lr)]))
+            before = p.clone()
+            with monkeypatch.context() as patch:
+                patch.setattr(launch()._Tables, "upload", failing)
+                for _ in range(2):
+                    with pytest.raises(MemoryError):
+                        launcher.apply(*given)
+            assert same_bits(p, before)
+            launcher.apply(*given)
+            assert torch.equal(p, before - lr)
 
-        def fail(self, words):
-            raise MemoryError
+    def test_pinned_memory_is_used_again_when_it_has_been_copied(self, monkeypatch):
+        """On a GPU that is not there: half of the slots are waited for, and only after the other half was filled."""
+        if REASON != backends.OK:
+            pytest.skip(REASON)
+        happened = []
 
-        monkeypatch.setattr(launch._Tables, "_upload", fail)
-        optimizer.param_groups[0]["lr"] = 2.0
-        for _ in range(2):
-            with pytest.raises(MemoryError):
-                optimizer.step()
-        assert same_bits(p.detach(), before)
-        monkeypatch.setattr(launch._Tables, "_upload", upload)
-        optimizer.step()
-        assert torch.equal(p.detach(), before - 2)
+        class Event:
+            def record(self):
+                happened.append(("record", events.index(self)))
+
+            def synchronize(self):
+                happened.append(("wait", events.index(self)))
+
+        shape = launch()._shape((tensor_entry(torch.zeros(3)), bytes(8)))
+        of = launch()._Tables(torch.device("cpu"), shape, lambda device, tiles, begins, *tables: tables)
+        tensors, rows = of.launches
+        events = of._copied = [Event(), Event()]
+        slots, total = launch()._SLOTS, 0
+        for n in range(3 * slots):
+            of.upload(bytes([n] * 48))
+            assert (tensors.tolist(), rows.tolist()) == ([n] * 40, [n] * 8)
+            total += 1
+            if n % 5 == 0:
+                of.upload(bytes([100] * 8))
+                assert (tensors.tolist(), rows.tolist()) == ([n] * 40, [100] * 8)
+                total += 1
+        turns = range(-(-total // (slots // 2)))
+        assert happened == [(what, k % 2) for n in turns for what, k in (("record", n + 1), ("wait", n))]
+
+    def test_a_capture_reads_memory_of_its_own(self, uploads):
+        """What is captured can be launched again whatever came in between; each capture needs a step before it."""
+        launcher, p = launch().Launcher(), torch.zeros(3, dtype=torch.float64)
+        of = Advanced(Scale(), theory.Hyperparameters(0.1), True, False)
+        of.scales.view(torch.int64)[0, 2:] = 0
+
+        def step(version: int, grad: torch.Tensor, capturing: bool) -> None:
+            request = struct.pack("=dii3B5x", 0.0, 0, 0, of.STEP, 0, 0)
+            group = bytearray(of.tables[1])
+            group[44:48] = struct.pack("=i", 1)
+            launcher.step_on_device(version, tensor_entry(p, grad), group, request, of, None, None, capturing)
+
+        grads = [torch.full((3,), float(k), dtype=torch.float64) for k in (1, 10, 100)]
+        why = "take one of the same tensors before each capture"
+        with pytest.raises(RuntimeError, match=why):
+            step(1, grads[0], True)
+        step(1, grads[0], False)
+        with pytest.raises(RuntimeError, match=why):  # it was not said that one would come
+            step(1, grads[0], True)
+        launcher.capturable = True
+        step(1, grads[0], False)
+        uploads.clear()
+        step(2, grads[1], True)
+        with pytest.raises(RuntimeError, match=why):
+            step(2, grads[1], True)
+        assert uploads == []
+        step(3, grads[2], False)
+        expected = -0.1 * (1 + 1 + 10 + 100)
+        assert p.tolist() == pytest.approx([expected] * 3, rel=1e-15)
+        (captured,) = [launches for s in launcher._steps.values() for _, launches in s._captured]
+        apply_, advance = captured
+        advance(None, of.momentum_initialized, *map(launch()._argument, (None, None)))
+        apply_(None)
+        assert p.tolist() == pytest.approx([expected - 1] * 3, rel=1e-15)
+
+
+def failing(*arguments, **options) -> None:
+    raise MemoryError
 
 
 @interpreter
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_launch_that_fails_changes_nothing(monkeypatch, capturable):
     """No momentum buffer is left behind either."""
-    from texp.kernels import launch
-
-    def fail(*arguments, **options):
-        raise MemoryError
-
     optimizer = texp.SGD(
         [nn.Parameter(torch.ones(3))], 0.1, 0.9, scale_invariant=True, backend="triton", capturable=capturable
     )
     (p,) = optimizer.param_groups[0]["params"]
     p.grad = torch.ones(3)
-    monkeypatch.setattr(launch, "_launch", fail)
+    monkeypatch.setattr(launch(), "_prepare", failing)
     before = snapshot(optimizer)
     with pytest.raises(MemoryError):
         optimizer.step()
@@ -314,17 +468,12 @@ def test_what_no_kernel_can_take_is_refused():
 
 @pytest.mark.parametrize(
     ("native", "interpret", "reason"),
-    [
-        ("1", "0", "there is no GPU that torch can use; with TRITON_INTERPRET=1"),
-        ("1", "1", "ok"),
-        ("0", "1", "there is no C++ core: TEXP_NATIVE=0 in the environment turns it off"),
-    ],
+    [("1", "0", "there is no GPU that torch can use; with TRITON_INTERPRET=1"), ("0", "1", "ok")],
 )
 def test_when_it_is_available(native, interpret, reason):
+    """Also without the C++ core."""
     if backends.triton.missing():
         pytest.skip(backends.triton.missing())
-    if native == "1" and backends.core() is None:
-        pytest.skip("without the C++ core")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code = "from texp import backends; print(backends.available()['triton'])"
@@ -333,11 +482,10 @@ def test_when_it_is_available(native, interpret, reason):
     assert done.stdout.startswith(reason)
 
 
-@needs_core
 def test_without_triton(monkeypatch):
     backends.triton._kernels.cache_clear()
     try:
-        monkeypatch.setattr(backends.triton.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(RuntimeError, match="backend='triton' was requested, but Triton is not installed"):
             texp.SGD([nn.Parameter(torch.ones(1))], backend="triton")
     finally:

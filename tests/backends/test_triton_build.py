@@ -1,6 +1,5 @@
 """The Triton kernels without a GPU: what Triton compiles for one when they are launched, and what becomes of it."""
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -8,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.backends.tables import BUFFERED, FIXED, STEPPING, Table
+from tests.backends.tables import launch, rows_of, tensor_entry
 from texp import backends
-from texp.backends.reference import Entry
 from texp.theory import Row
 
 ROOT = Path(__file__).parents[2]
@@ -36,83 +33,70 @@ CLASSES = [  # of parameter, gradient and buffer
 ]  # fmt: skip
 
 
-def launch_all(launcher, offset: int, factor: float) -> None:
-    """Steps one tensor of each class, with a row that is given and with one that is computed on the device.
-
-    Args:
-        offset: how many elements of each tensor's memory are left out: its alignment, and its size.
-        factor: in the row.
-    """
-    fixed, stepping = Table(), Table()
-    for slot, dtypes in enumerate(CLASSES):
-        made = (torch.zeros(5000, dtype=SHORT[name])[offset:] for name in dtypes)
-        entry = Entry(*made)
-        fixed.add(entry, 0, FIXED)
-        stepping.add(entry, 0, STEPPING, slot=slot, flags=BUFFERED)
-    launcher.step("cpu", fixed.tensors, bytearray(array("d", Row(a_g=factor, c_u=1.0, e=factor))))
-    started = torch.zeros(16, dtype=torch.uint8)[offset:]
-    scale, found_inf = (torch.zeros(8)[offset:][:1] for _ in range(2))
-    groups = bytearray(7 * 8)
-    given = {"grad_scale": scale, "found_inf": found_inf, "capturing": False, "capturable": False}
-    launcher.step_on_device(stepping.tensors, groups, started, **given)
-    launcher.step_on_device(stepping.tensors, groups, started, **given | {"grad_scale": None, "found_inf": None})
+def launch_all(launcher) -> None:
+    """One tensor of each class: its row applied, given and from the device, and its squares summed up."""
+    given, tensors = [], []
+    for dtypes in CLASSES:
+        p, g, b = (torch.zeros(5000, dtype=SHORT[name]) for name in dtypes)
+        tensors += [p, g, b]
+        given.append(tensor_entry(p, g, b))
+    launcher.apply("cpu", 1, b"".join(given), rows_of([Row()]))
+    state = SimpleNamespace(
+        scales=torch.zeros(1, 4, dtype=torch.float64), momentum_initialized=torch.zeros(16, dtype=torch.uint8)
+    )
+    launcher.step_on_device(1, b"".join(given), bytes(56), bytes(24 * len(given)), state, None, None, False)
+    launcher.reduce("cpu", b"".join(given))
 
 
-class Forgetful(dict):
-    """In place of the compiled kernels that the launcher keeps: each launch goes through Triton's own look-up."""
+class Loaded:
+    """In place of a kernel on a GPU that is not there."""
 
-    def __setitem__(self, key, value) -> None:
-        pass
+    function = packed_metadata = None
+
+    def __getitem__(self, grid):
+        return self.run
+
+    def run(self, *arguments) -> None:
+        assert all(isinstance(x, int) for x in arguments[-4:])  # addresses: tensors cost more
 
 
 def compile_all(backend: str, arch: int | str, folder: str) -> None:
-    """Compiles what launches for a GPU that is not there would compile, leaves the machine code in `folder` and
-    prints what it is; for NVIDIA's also the PTX. Called in a process of its own, where Triton does not interpret
-    kernels.
+    """Compiles what a launcher compiles for a GPU that is not there, leaves the machine code in `folder` and prints
+    what it is; for NVIDIA's also the PTX. Called in a process of its own, where Triton does not interpret kernels.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    launch = backends.triton.import_kernels()
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
     gpu = SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
     )
     triton.runtime.driver.set_active(gpu)
-    launched, compiled = {}, []
+    code, run = {}, JITFunction.run
 
-    def warm_up(kernel, *arguments, grid, warmup, **options):
-        types = [x.name for x in arguments if isinstance(x, triton.language.dtype)]
-        on_device = isinstance(arguments[-1], bool) and arguments[-1]
+    def compile_(kernel, *arguments, grid, warmup, **options):
         binary = run(kernel, *arguments, grid=grid, warmup=True, **options)
-        launched[" ".join([kernel.fn.__name__, *types, *["on device"] * on_device])] = binary, arguments[-2], options
-
-    def count(*, fn, **_):
-        compiled.append(fn.name)
-
-    run, JITFunction.run = JITFunction.run, warm_up
-    launch._compiled = Forgetful()
-    torch.cuda.device = contextlib.nullcontext
-    triton.knobs.runtime.jit_post_compile_hook = count
-    launch_all(launch.Launcher(), offset=0, factor=0.5)
-    at_first = len(compiled)
-    launch_all(launch.Launcher(), offset=3, factor=0.25)
-    code = {}
-    for number, (name, (binary, tile, options)) in enumerate(launched.items()):
-        kind = "cubin" if backend == "cuda" else "hsaco"
-        path = Path(folder) / f"{number}.{kind}"
-        path.write_bytes(binary.asm[kind])
+        given = dict(zip(kernel.arg_names, arguments, strict=True))
+        constants = {param.name: given[param.name] for param in kernel.params if param.is_constexpr}
+        types = [x.name for x in constants.values() if isinstance(x, triton.language.dtype)]
+        path = Path(folder) / f"{len(code)}.{'cubin' if backend == 'cuda' else 'hsaco'}"
+        path.write_bytes(binary.asm[path.suffix[1:]])
         if backend == "cuda":
             path.with_suffix(".ptx").write_text(binary.asm["ptx"])
-        elements = tile // (32 * binary.metadata.num_warps) if name.startswith("step") else 0
-        fused = binary.metadata.enable_fp_fusion
-        code[name] = {"path": str(path), "elements": elements, "options": options, "fused": fused}
-    constants = {
-        kernel.fn.__name__: [param.name for param in kernel.params if param.is_constexpr]
-        for kernel in (launch.kernels.step, launch.kernels.advance)
-    }
-    print(json.dumps({"code": code, "at_first": at_first, "again": compiled[at_first:], "constants": constants}))
+        code[" ".join([kernel.fn.__name__, *types, *["on device"] * constants.get("ON_DEVICE", False)])] = {
+            "path": str(path),
+            "elements": constants.get("TILE", 0) // (32 * binary.metadata.num_warps),
+            "constants": list(constants),
+            "assumed": sorted({name for values in binary.src.attrs.values() for name, _ in values}),
+            "options": options,
+            "fused": binary.metadata.enable_fp_fusion,
+        }
+        return Loaded()
+
+    JITFunction.run = compile_
+    launch_all(launch().Launcher())
+    print(json.dumps(code))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +137,7 @@ def resources(compiled) -> dict[tuple[str, str], dict[str, int]]:
     """For each architecture and kernel REG, STACK and LOCAL: registers, and bytes."""
     cuobjdump, made = tool("cuobjdump"), {}
     for arch in NVIDIA:
-        for name, kernel in compiled[arch]["code"].items():
+        for name, kernel in compiled[arch].items():
             said = said_by(cuobjdump, "-res-usage", kernel["path"])
             made[arch, name] = {key: int(x) for key, x in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
             assert len(made[arch, name]) == 3
@@ -165,37 +149,42 @@ def instructions(compiled) -> dict[tuple[str, str], list[str]]:
     """For each architecture and kernel the operations that touch memory, as in LDG.E.128."""
     nvdisasm, made = tool("nvdisasm"), {}
     for arch in NVIDIA:
-        for name, kernel in compiled[arch]["code"].items():
+        for name, kernel in compiled[arch].items():
             said = said_by(nvdisasm, "-c", kernel["path"])
             made[arch, name] = re.findall(r"\b(?:LD|ST)[A-Z]*(?:\.[A-Z0-9_]+)*\b(?= )", said)
     return made
 
 
-STEPS = [f"step {' '.join(dtypes)}{how}" for dtypes in CLASSES for how in ("", " on device")]
+STEPS = [f"apply {' '.join(dtypes)}{how}" for dtypes in CLASSES for how in ("", " on device")]
+SUMS = sorted({f"reduce {p} {g}" for p, g, _ in CLASSES})
+CONSTANTS = {
+    "apply": ["P", "G", "B", "TILE", "ON_DEVICE"], "advance": ["BLOCK"],
+    "reduce": ["P", "G", "TILE"], "add": ["BLOCK"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
 def test_every_kernel_compiles(compiled, arch):
-    code = compiled[arch]["code"]
-    assert sorted(code) == sorted(["advance", *STEPS])
-    for kernel in code.values():
+    assert sorted(compiled[arch]) == sorted(["add", "advance", *STEPS, *SUMS])
+    for kernel in compiled[arch].values():
         assert Path(kernel["path"]).read_bytes().startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
-def test_nothing_is_compiled_again(compiled, arch):
-    """Not for other rows, sizes or addresses: constants are types, the size of a tile, where a row comes from."""
-    assert compiled[arch]["constants"] == {"step": ["P", "G", "B", "TILE", "ON_DEVICE"], "advance": ["BLOCK"]}
-    assert compiled[arch]["at_first"] == 1 + len(STEPS)
-    assert compiled[arch]["again"] == []
+def test_a_kernel_serves_all_rows_sizes_and_addresses(compiled, arch):
+    """Constants are types, the size of a tile, where a row comes from. Of what is not constant nothing is assumed: on
+    AMD's GPUs, that a table has less than 2 GiB."""
+    for name, kernel in compiled[arch].items():
+        assert kernel["constants"] == CONSTANTS[name.split()[0]], name
+        assert kernel["assumed"] == (["tt.pointer_range"] if arch in AMD else []), name
 
 
 @pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
-def test_every_launch_says_how_its_kernel_is_compiled(compiled, arch):
+def test_it_is_said_of_every_kernel_how_it_is_compiled(compiled, arch):
     """Triton's own choice changes: from 3.10 on it fuses no products and sums."""
-    for name, kernel in compiled[arch]["code"].items():
-        fused = name != "advance"
-        assert kernel["options"] == {"num_warps": 8, "enable_fp_fusion": fused}, name
+    for name, kernel in compiled[arch].items():
+        fused = name.startswith("apply")
+        assert {"num_warps": 8, "enable_fp_fusion": fused}.items() <= kernel["options"].items(), name
         assert kernel["fused"] == fused, name
 
 
@@ -272,7 +261,7 @@ def test_a_load_outside_of_inline_assembly_is_not_overlooked():
 
 @pytest.mark.parametrize("arch", NVIDIA)
 def test_no_load_has_lost_its_address(compiled, arch):
-    for name, kernel in compiled[arch]["code"].items():
+    for name, kernel in compiled[arch].items():
         loads = loads_of(Path(kernel["path"]).with_suffix(".ptx").read_text())
         assert loads, name
         assert [load.statement for load in loads if load.lost] == [], name
@@ -289,27 +278,28 @@ class TestTheMachineCode:
             assert used["REG"] <= (128 if name == "advance" else 64), (arch, name)
 
     def test_memory_is_global(self, instructions):
-        """Neither local nor generic. Arguments are constants (LDC); a step passes through shared memory where what it
-        loads and what it stores are spread over its threads in different ways."""
+        """Neither local nor generic. Arguments are constants (LDC); shared memory is where sums meet, and where what
+        is loaded and what is stored are spread over the threads in different ways."""
         for (arch, name), used in instructions.items():
             allowed = {"LDG", "STG", "LDC", "LDCU"}
             if name != "advance":
                 allowed |= {"LDS", "STS", "LDSM", "STSM"}
             assert {operation.split(".")[0] for operation in used} <= allowed, (arch, name)
 
-    @pytest.mark.parametrize("name", STEPS)
+    @pytest.mark.parametrize("name", [*STEPS, *SUMS])
     def test_at_least_16_bytes_move_at_once(self, compiled, instructions, name):
         """Of p, g and b, that is all of a thread's elements: where all are aligned, in the first copy of the loop. Of
         those of 2 bytes, where the arithmetic is in float64, a thread has 8 bytes."""
-        p, g, b = (SHORT[x].itemsize for x in name.split()[1:4])
+        kernel, *types = name.removesuffix(" on device").split()
         for arch in NVIDIA:
             moved = {"LDG": 0, "STG": 0}
             for operation in instructions[arch, name]:
                 family, *modifiers = operation.split(".")
                 for width in {"128", "256"}.intersection(modifiers):
                     moved[family] = moved.get(family, 0) + int(width) // 8
-            elements = compiled[arch]["code"][name]["elements"]
+            elements = compiled[arch][name]["elements"]
             assert elements > 0
-            at_once = {size: elements * size if elements * size >= 16 else 0 for size in (p, g, b)}
-            assert moved["LDG"] >= at_once[p] + at_once[g] + at_once[b], arch
-            assert moved["STG"] >= at_once[p] + at_once[b], arch
+            read = [elements * SHORT[x].itemsize for x in types]
+            written = [read[0], read[2]] if kernel == "apply" else []
+            assert moved["LDG"] >= sum(size for size in read if size >= 16), arch
+            assert moved["STG"] >= sum(size for size in written if size >= 16), arch

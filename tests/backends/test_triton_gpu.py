@@ -10,7 +10,7 @@ from torch import nn
 
 import texp
 from tests.backends.gpu import ARGUMENTS, LAYOUTS, needs, set_grads, static_grads, twins
-from tests.backends.test_triton_build import Forgetful
+from tests.backends.tables import launch, rows_of, tensor_entry
 from tests.conftest import profiler, relative_error, same_bits
 from texp import theory
 from texp.step import groups
@@ -206,9 +206,9 @@ def test_a_step_is_one_launch_for_each_class_of_types(count, scaled):
         step()
         torch.cuda.synchronize()
     events = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    # A record of the step as a whole, "Optimizer.step#SGD.step", may be among the events.
-    launches = [name for name in events if name.startswith(("step", "advance"))]
-    assert sorted(launches) == ["advance"] * scaled + ["step"] * 2
+    # Copies of rows and a record of the step as a whole, "Optimizer.step#SGD.step", may be among the events.
+    launches = [name for name in events if name in ("advance", "apply")]
+    assert sorted(launches) == ["advance"] * scaled + ["apply"] * 2
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
@@ -363,17 +363,16 @@ def test_each_capture_needs_a_step_before_it():
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
 def test_a_schedule_compiles_nothing_again(monkeypatch, scaled):
-    """Each launch goes through Triton's own look-up, which the launcher would spare it."""
     import triton
 
-    launch, compiled = texp.backends.triton.import_kernels(), []
+    compiled = []
 
     def count(*, fn, **_) -> None:
         compiled.append(fn.name)
 
-    monkeypatch.setattr(launch, "_compiled", Forgetful())
+    monkeypatch.setattr(launch(), "_compiled", {})
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", count)
-    for kernel in (launch.kernels.step, launch.kernels.advance):
+    for kernel in (launch().kernels.apply, launch().kernels.advance):
         kernel.device_caches.clear()
     p = nn.Parameter(torch.ones(1000, device=DEVICE))
     p.grad = torch.full_like(p, 1e-3)
@@ -385,9 +384,76 @@ def test_a_schedule_compiles_nothing_again(monkeypatch, scaled):
         optimizer.step()
         schedule.step()
         if t == 0:
-            assert sorted(compiled) == ["advance"] * scaled + ["step"]
+            at_first = [name.rpartition(".")[2] for name in compiled]
+            assert sorted(at_first) == ["advance"] * scaled + ["apply"]
     assert len(compiled) == 1 + scaled
     assert optimizer.param_groups[0]["lr"] < 1e-6
+
+
+def test_rows_that_change_wait_for_their_copies():
+    """The device is kept busy while the host takes more steps than there are slots of pinned memory."""
+    launcher, p, g = launch().Launcher(), torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    busy, slots = torch.randn(4096, 4096, device=DEVICE), launch()._SLOTS
+    for _ in range(40):
+        busy @ busy
+    for n in range(4 * slots):
+        launcher.apply("cuda:0", 1, tensor_entry(p, g), rows_of([Row(c_g=1.0, e=float(n))]))
+    assert (p == -sum(range(4 * slots))).all()
+
+
+def test_streams_do_not_share_memory():
+    """A step on another stream does not overwrite what a step on this one is still to read."""
+    launcher, params = launch().Launcher(), [torch.zeros(3, device=DEVICE) for _ in range(2)]
+    g, busy = torch.ones(3, device=DEVICE), torch.randn(4096, 4096, device=DEVICE)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    launcher.apply("cuda:0", 0, tensor_entry(params[0], g), rows_of([Row()]))  # compiles
+    torch.cuda.synchronize()
+    for n in range(1, 9):
+        for k, (p, stream) in enumerate(zip(params, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                if k == 0:
+                    busy @ busy
+                launcher.apply("cuda:0", 2 * n + k, tensor_entry(p, g), rows_of([Row(c_g=1.0, e=-float(n + k))]))
+    torch.cuda.synchronize()
+    assert [p[0].item() for p in params] == [36.0, 44.0]
+
+
+def test_a_profiler_of_triton_sees_the_launches():
+    import triton
+
+    seen, launcher = [], launch().Launcher()
+    p = torch.zeros(3, device=DEVICE)
+    given = ("cuda:0", 1, tensor_entry(p), rows_of([Row(s_p=2.0)]))
+    launcher.apply(*given)
+
+    def hook(metadata) -> None:
+        seen.append(metadata.get()["name"])
+
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        launcher.apply(*given)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    launcher.apply(*given)
+    assert seen == ["apply"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_sums_of_squares(dtype, offset):
+    """Within the roundings of a sum in float64, in whatever order; in every run the same bits."""
+    torch.manual_seed(0)
+    sizes = [0, 1, 37, 100_001, 3_000_000]
+    params = [torch.randn(size + offset, device=DEVICE).to(dtype)[offset:] for size in sizes]
+    grads = [torch.randn_like(p) for p in params]
+    tensors = b"".join(tensor_entry(p, g) for p, g in zip(params, grads, strict=True))
+    sums = launch().Launcher().reduce("cuda:0", tensors)
+    assert all(same_bits(launch().Launcher().reduce("cuda:0", tensors), sums) for _ in range(5))
+    for size, row, *of in zip(sizes, sums.tolist(), params, grads, strict=True):
+        for x, y in zip(row, of, strict=True):
+            assert math.isclose(
+                x, y.double().square().sum().item(), rel_tol=2 * size * torch.finfo(torch.float64).eps
+            )
 
 
 def test_tensors_on_the_cpu_are_refused():
