@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.backends.tables import Table, table_of
+from tests.backends.tables import rows_of, tensor_entry
 from tests.conftest import INTERPRETED, same_bits
 from texp import backends
 from texp.backends import reference
@@ -26,11 +26,14 @@ def core(row, entries):
 
 
 def triton(row, entries):
-    table = Table()
-    for entry in entries:
-        table.add_fixed(entry, row)
-    backends.kernels("triton").launcher.step("cpu", table.tensors, table_of(table.sources))
-    table.finish()
+    """Of tensors that are not dense, or lie otherwise than p does, a copy is stepped."""
+    dense = [[None if x is None else x.contiguous() for x in entry] for entry in entries]
+    tensors, rows = b"".join(tensor_entry(*tensors) for tensors in dense), rows_of([row])
+    backends.kernels("triton").launcher.apply("cpu", object(), tensors, rows)
+    for entry, (p, _, b) in zip(entries, dense, strict=True):
+        for x, stepped in ((entry.param, p), (entry.buf, b)):
+            if x is not None:
+                x.copy_(stepped.clone())
 
 
 def unless(reason: str | None) -> list:

@@ -468,12 +468,17 @@ def test_what_no_kernel_can_take_is_refused():
 
 @pytest.mark.parametrize(
     ("native", "interpret", "reason"),
-    [("1", "0", "there is no GPU that torch can use; with TRITON_INTERPRET=1"), ("0", "1", "ok")],
+    [
+        ("1", "0", "there is no GPU that torch can use; with TRITON_INTERPRET=1"),
+        ("1", "1", "ok"),
+        ("0", "1", "there is no C++ core: TEXP_NATIVE=0 in the environment turns it off"),
+    ],
 )
 def test_when_it_is_available(native, interpret, reason):
-    """Also without the C++ core."""
     if backends.triton.missing():
         pytest.skip(backends.triton.missing())
+    if native == "1" and core is None:
+        pytest.skip("without the C++ core")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code = "from texp import backends; print(backends.available()['triton'])"
@@ -482,10 +487,11 @@ def test_when_it_is_available(native, interpret, reason):
     assert done.stdout.startswith(reason)
 
 
+@pytest.mark.skipif(core is None, reason="without the C++ core")
 def test_without_triton(monkeypatch):
     backends.triton._kernels.cache_clear()
     try:
-        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(backends.triton.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(RuntimeError, match="backend='triton' was requested, but Triton is not installed"):
             texp.SGD([nn.Parameter(torch.ones(1))], backend="triton")
     finally:
