@@ -127,9 +127,8 @@ class Gather {
       gather_groups(true);
       finish();
     }
-    // From here on Python code may run: what is left to the reference is looked at, state is made for new buffers, or a
-    // launcher is called.
-    if (!fallback.empty() || !new_buffers.empty() || cpu_.launcher || cuda_.launcher) hold();
+    // From here on Python code may run: what is left to the reference is looked at, or state is made for new buffers.
+    if (!fallback.empty() || !new_buffers.empty()) hold();
   }
 
   // For rows on a device, whose kernels are `kernels`; throws NotOnDevice.
@@ -140,7 +139,7 @@ class Gather {
           is_cuda ? kernels : Kernels(), &device);
     gather_groups(false);
     if (finish()) throw NotOnDevice{"parameters, buffers or norm_stats share memory"};
-    if (!new_buffers.empty() || !started.empty() || kernels.launcher) hold();
+    if (!new_buffers.empty() || !started.empty()) hold();
   }
 
   // For rows that are given: pairs of a row and (param, None, buffer or None). Returns the places of those that the
@@ -169,6 +168,13 @@ class Gather {
     }
     for_each_list([](TensorList& list) { list.hold(); });
     return left;
+  }
+
+  // Keeps what a launcher, which is Python code, may drop; the tensors themselves are not needed after it.
+  void hold_for_launch(TensorList& list) {
+    if (is_held) return;
+    list.hold_memory();
+    hold_groups();
   }
 
   // Forgets everything, but keeps the memory, and what the next step is compared with.
@@ -540,12 +546,17 @@ class Gather {
     return entry.in[1] != Number::In::host || entry.momentum.value != 0;
   }
 
-  void hold() {
+  void keep(PyObject* object) { objects_.push_back(py::reinterpret_borrow<py::object>(object)); }
+
+  void hold_groups() {
     is_held = true;
-    for_each_list([](TensorList& list) { list.hold(); });
-    const auto keep = [&](PyObject* object) { objects_.push_back(py::reinterpret_borrow<py::object>(object)); };
     for (const Rescaled& of : rescaled) keep(of.stored.group);
     for (PyObject* group : started) keep(group);
+  }
+
+  void hold() {
+    hold_groups();
+    for_each_list([](TensorList& list) { list.hold(); });
     for (const NewBuffer& made : new_buffers) keep(made.param);
     for (Fallback& of : fallback) {
       keep(of.param.object);
