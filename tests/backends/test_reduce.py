@@ -8,25 +8,12 @@ import torch
 
 from tests.backends.test_reference import peak
 from tests.backends.test_rows import SHAPES
-from tests.conftest import Target, same_bits, targets
+from tests.conftest import same_bits
 from texp import backends
 from texp.backends import reference
 from texp.backends.reference import Entry
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def has_sums(target: Target) -> bool:
-    if target.backend == "triton":
-        return hasattr(backends.ALL["triton"].kernel(), "reduce")
-    return target.backend == "reference" or hasattr(backends.core(), "reduce")
-
-
-@pytest.fixture(params=targets())
-def target(request) -> Target:
-    if not has_sums(request.param):
-        pytest.skip("its kernel has no sums yet")
-    return request.param
 
 
 def exact(x: torch.Tensor | None) -> float:
