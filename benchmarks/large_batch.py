@@ -52,25 +52,25 @@ class Options:
     Under torchrun each process takes its share of every batch; the batches are those of one process.
     """
 
-    optimizer: Annotated[str, typer.Option(help="texp or torch, which is fused; texp,torch: in turn.")] = "texp"
-    backend: Annotated[str | None, typer.Option(help="Of texp.SGD, see texp info; default: its own choice.")] = None
-    batch_size: Annotated[str, typer.Option(help="Of all processes; several are a sweep, as in 64,128.")] = "64"
-    epochs: Annotated[int, typer.Option(min=1, help="Of each batch size.")] = 20
+    optimizer: Annotated[str, typer.Option(help="texp or torch (fused); texp,torch: one after the other.")] = "texp"
+    backend: Annotated[str | None, typer.Option(help="Of texp.SGD, as texp info lists; default: automatic.")] = None
+    batch_size: Annotated[str, typer.Option(help="Over all processes; several are a sweep, as in 64,128.")] = "64"
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs for each batch size.")] = 20
     base_lr: Annotated[float, typer.Option(help="LR for --base-batch; linear in the batch size.")] = 0.05
     base_batch: Annotated[int, typer.Option(min=1, help="Batch size whose LR is --base-lr.")] = 64
     warmup: Annotated[float, typer.Option(help="Epochs in which the LR rises linearly from 0.")] = 5.0
     schedule: Annotated[str, typer.Option(help="cosine to 0, or step: a tenth at 1/2, again at 3/4.")] = "cosine"
-    momentum: Annotated[float, typer.Option(help="γ, of Nesterov momentum.")] = 0.9
-    weight_decay: Annotated[float, typer.Option(help="λ, of all but biases and norms.")] = 5e-4
+    momentum: Annotated[float, typer.Option(help="γ; Nesterov momentum.")] = 0.9
+    weight_decay: Annotated[float, typer.Option(help="λ, except for biases and norms.")] = 5e-4
     label_smoothing: Annotated[float, typer.Option(help="Share of the label spread over all classes.")] = 0.1
-    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches of a batch, one backward pass each.")] = 1
+    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches for each batch.")] = 1
     model: Annotated[str, typer.Option(help="bn or gn: BatchNorm over a process's micro-batch, or GroupNorm.")] = "bn"
     width: Annotated[int, typer.Option(min=1, help=f"Channels of the first stage, a multiple of {GROUPS}.")] = 8
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu"
     amp: Annotated[str, typer.Option(help="off, bf16 or fp16: autocast; fp16 with a GradScaler.")] = "off"
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Of images and weights.")] = False
-    float64: Annotated[bool, typer.Option("--float64", help="And eps ≈ 0 in the norms, to compare runs.")] = False
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initialisation and the batches.")] = 0
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="For images and weights.")] = False
+    float64: Annotated[bool, typer.Option("--float64", help="With eps ≈ 0 in the norms, to compare runs.")] = False
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed.")] = 0
     csv: Annotated[Path | None, typer.Option(help="Where to write every epoch, at the end.")] = None
     plot: Annotated[Path | None, typer.Option(help="Where to draw the sweep, at the end.")] = None
     checkpoint: Annotated[Path | None, typer.Option(help="Written after every epoch; resumed from if there.")] = None

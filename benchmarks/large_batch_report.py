@@ -12,6 +12,8 @@ from typing import Any
 
 from rich.table import Table
 
+from texp.bench.report import pyplot
+
 Row = dict[str, Any]
 
 STYLES = {
@@ -66,11 +68,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 def plot(runs: list[Row], path: Path) -> None:
     """`summaries` against the batch size, a curve for each optimizer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     panels = {
         "train_loss": "train loss, last epoch",
         "test_accuracy": "test accuracy, last epoch",
@@ -90,7 +88,7 @@ def plot(runs: list[Row], path: Path) -> None:
         panel.set(xlabel="batch size", title=title)
         panel.grid(alpha=0.3)
     for panel in axes[1::2]:
-        panel.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        panel.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
     for panel in axes[2:]:
         panel.set_ylim(0)
     run = runs[0]

@@ -1,4 +1,4 @@
-"""What is installed, and that the README says what is."""
+"""What is installed, and that README and CONTRIBUTING say what is."""
 
 import csv
 import importlib.metadata
@@ -21,8 +21,10 @@ from benchmarks import large_batch, large_batch_report
 from texp.cli.app import run
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py")
+README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+DOCS = f"{README}\n{CONTRIBUTING}"
+FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml")
+FILES += ("setup.py",)
 
 WHERE = {"device", "processor", "amp", "torch", "texp"}  # columns of large_batch.csv that are no numbers
 # What README says, and what test_a_fresh_install runs.
@@ -30,12 +32,12 @@ INSTALL, NOT_ISOLATED = "pip install .", "pip install --no-build-isolation ."
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> set[str]:
-    """Of README, in its blocks and in its prose."""
-    prose = " ".join(re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL).split())
+    """Of both, in their blocks and in their prose."""
+    prose = " ".join(re.sub(r"^```.*?^```$", "", DOCS, flags=re.MULTILINE | re.DOTALL).split())
     return {
         *(line for block in blocks("sh") for line in block.splitlines() if line),
         *re.findall(r"`((?:texp|make|pip|pytest)(?: [^`]+)?)`", prose),
@@ -247,7 +249,7 @@ def test_the_source_distribution(tmp_path):
     assert f"TEXP_NATIVE=1 asks for the C++ core, but {NO_COMPILER[1]}" in done.stderr
 
 
-class TestReadme:
+class TestTheDocs:
     def test_its_python_runs(self):
         assert blocks("python")
         for block in blocks("python"):
@@ -325,16 +327,26 @@ class TestReadme:
 
     def test_its_files_exist(self):
         """What it links to and what its map of the repository names."""
-        links = re.findall(r"\]\(([^)#:]+)\)", README)
+        links = re.findall(r"\]\(([^)#:]+)\)", DOCS)
         paths = re.findall(r"^    (\S+/|\S+\.\w+)  ", README, re.MULTILINE)
+        prose = re.findall(r"(?<![\w/])(?:texp|csrc|kernels|tests|benchmarks)/[\w/]+\.\w+", CONTRIBUTING)
         assert links
         assert paths
-        for path in (*links, *paths):
+        assert prose
+        for path in (*links, *paths, *prose):
             assert (ROOT / path).exists(), path
 
-    def test_its_map_names_every_room(self):
-        """And every module that is in none."""
-        named = set(re.findall(r"\b\w+\.py\b", README)) | set(re.findall(r"^    (texp/\w+/)  ", README, re.MULTILINE))
+    def test_their_maps_name_every_room_and_every_module(self):
+        """README those of texp/ and its rooms, CONTRIBUTING what is in each room."""
+        of_readme = set(re.findall(r"(?:^    texp/|[:;] )(\w+(?:/|\.py))(?=[ :])", README, re.MULTILINE))
         modules = {path.name for path in (ROOT / "texp").glob("[!_]*.py")}
-        rooms = {f"texp/{path.parent.name}/" for path in (ROOT / "texp").glob("*/__init__.py")}
-        assert modules | rooms <= named
+        rooms = {f"{path.parent.name}/" for path in (ROOT / "texp").glob("*/__init__.py")}
+        assert modules | rooms <= of_readme
+        for line in re.findall(r"^    (\w+/\w+\.py.*)$", CONTRIBUTING, re.MULTILINE):
+            room, _, rest = line.partition("/")
+            named = set(re.findall(r"\b\w+\.py\b", rest))
+            assert all((ROOT / "texp" / room / name).exists() for name in named), line
+        for room in rooms:
+            lines = " ".join(re.findall(rf"^    {room}(.*)$", CONTRIBUTING, re.MULTILINE))
+            inside = {path.name for path in (ROOT / "texp" / room).glob("[!_]*.py")}
+            assert inside <= set(re.findall(r"\b\w+\.py\b", lines)), room

@@ -65,16 +65,16 @@ def _fail(code: int, message: str) -> int:
 def main(
     name: Annotated[str, typer.Argument(help=f"{', '.join(EXPERIMENTS)}, or all.")],
     data_name: Annotated[str, typer.Option("--data", help="digits or cifar10.")] = "digits",
-    root: Annotated[Path | None, typer.Option(help="Where CIFAR-10 is: a folder or its archive.")] = None,
+    root: Annotated[Path | None, typer.Option(help="CIFAR-10: its folder or archive.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seeds: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="From 0 on; default: 3 for digits, 1 for cifar10.")
+        int | None, typer.Option(min=1, max=1000, help="Number of seeds; default: 3 for digits, 1 for cifar10.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="For figures, summaries, every step and checkpoints.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for figures, summaries, CSVs and checkpoints.")] = Path(
         "build/paper"
     ),
-    steps: Annotated[int | None, typer.Option(min=4, help="Of a run; shortens all phases.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: two if there are cores.")] = None,
+    steps: Annotated[int | None, typer.Option(min=4, help="Steps of each run; shortens all phases.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: 2 on two or more cores.")] = None,
 ) -> int:
     """Repeats experiments of the paper, and says whether they have the shapes that it reports.
 
@@ -97,7 +97,7 @@ def main(
     is_asserted = setup.is_asserted and (seeds is None or seeds >= setup.seeds)
     seeds = seeds or setup.seeds
     out.mkdir(parents=True, exist_ok=True)
-    data.load(setup)  # what is wrong with it is said before anything else
+    data.load(setup)  # raises its errors first
 
     chosen = EXPERIMENTS if name == "all" else {name: EXPERIMENTS[name]}
     methods = {key: method for module in chosen.values() for key, method in module.runs(setup).items()}

@@ -7,20 +7,19 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.paper import data
 from benchmarks.paper.methods import Method
 from benchmarks.paper.setup import Setup
 from benchmarks.paper.training import train
+from texp.cli.common import make_progress
 
 
 def train_all(tasks: list[tuple[str, Method, Setup, int, int]], jobs: int, console: Console) -> None:
     """Trains `jobs` runs at a time; each is its name, method, setup and seed, and the threads that it may use."""
     if not tasks:
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with make_progress(console) as progress:
         bar = progress.add_task("runs", total=len(tasks))
         if jobs == 1:
             for task in tasks:
@@ -49,7 +48,7 @@ def train_all(tasks: list[tuple[str, Method, Setup, int, int]], jobs: int, conso
 def _train(
     name: str, method: Method, setup: Setup, seed: int, threads: int, tell: Callable[[int], object] = lambda t: None
 ) -> None:
-    """What it has to say is in its CSV; `tell` gets the number of each step taken."""
+    """The results are in its CSV; `tell` gets the number of each step taken."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

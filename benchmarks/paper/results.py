@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from texp.bench.report import pyplot
+
 WINDOW = 50  # steps that a loss is averaged over before it is compared: single batches differ by more than the runs
 
 
@@ -160,12 +162,3 @@ def draw(
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt

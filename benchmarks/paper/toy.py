@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.paper import results
 from benchmarks.paper.methods import Method
 from benchmarks.paper.results import Check, Curve, at_least, at_most
 from benchmarks.paper.setup import Setup
+from texp.bench.report import pyplot
 
 TITLE = "toy example: BatchNorm and weight decay together never settle"
 LR, WEIGHT_DECAY, STEPS = 0.1, 0.1, 20_000
@@ -75,7 +75,7 @@ def draw(title: str, labels: Mapping[str, str], curves: Mapping[str, Sequence[Cu
     """Loss and η/‖w‖² against the step, of the first thousand: they go on like that. All are written beside the runs
     of the other experiments."""
     write(path.parent / "steps" / "toy.csv")
-    plt = results.pyplot()
+    plt = pyplot()
     figure, (loss, intrinsic) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for name, toy in toys().items():
         loss.plot(toy.loss[:1000], lw=1, label=name)

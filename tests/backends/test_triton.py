@@ -463,6 +463,8 @@ def test_what_no_kernel_can_take_is_refused():
 def test_when_it_is_available(native, interpret, reason):
     if backends.triton.missing():
         pytest.skip(backends.triton.missing())
+    if native == "1" and backends.core() is None:
+        pytest.skip("without the C++ core")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code = "from texp import backends; print(backends.available()['triton'])"
@@ -471,6 +473,7 @@ def test_when_it_is_available(native, interpret, reason):
     assert done.stdout.startswith(reason)
 
 
+@pytest.mark.skipif(backends.core() is None, reason="without the C++ core")
 def test_without_triton(monkeypatch):
     backends.triton._kernels.cache_clear()
     try:

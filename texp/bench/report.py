@@ -5,6 +5,7 @@ import itertools
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from rich.table import Table
 
@@ -96,13 +97,19 @@ def _machine(record: dict) -> str:
     return f"{record['processor'] or record['device']}, threads: {record['threads']}, torch {record['torch']}"
 
 
-def plot(csv_path: Path, path: Path) -> None:
-    """Draws the speed-ups over torch's fused step, from a CSV of `saved`."""
+def pyplot() -> ModuleType:
+    """matplotlib's, drawing into files: there need not be a display."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(csv_path: Path, path: Path) -> None:
+    """Draws the speed-ups over torch's fused step, from a CSV of `saved`."""
+    plt = pyplot()
     with csv_path.open() as file:
         records = list(csv.DictReader(file))
     models = list(dict.fromkeys(record["model"] for record in records))

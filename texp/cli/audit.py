@@ -16,15 +16,17 @@ from texp.invariance import audit as invariance
 
 
 def audit(
-    model: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="What makes the model, without arguments.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODULE:FACTORY", help="Makes the model; called without arguments.")
+    ],
     shapes: Annotated[list[str], typer.Option("--input", help="Shape of an input, as in 2x3x32x32; repeatable.")],
-    below: Annotated[int | None, typer.Option("--int", min=1, help="Inputs are integers from 0 to below it.")] = None,
+    below: Annotated[int | None, typer.Option("--int", min=1, help="Integer inputs, from 0 to below this.")] = None,
     hold_bias_and_norm: Annotated[
-        bool, typer.Option("--no-decay-on-bias-and-norm", help="Biases and norms get no decay, and are not scaled.")
+        bool, typer.Option("--no-decay-on-bias-and-norm", help="Biases and norms get no decay and are not scaled.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is drawn.")] = 0,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Of the equations that are collected.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write what was found.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed.")] = 0,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Maximum number of equations.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
 ) -> None:
     """Finds the parameters of a model that are scale-invariant together, and says why the others are not."""
     check_writable(json_path)

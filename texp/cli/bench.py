@@ -15,15 +15,15 @@ from texp.cli.common import check_writable, make_console, make_progress
 
 def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU; default: torch's own.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch; default: torch's choice.")] = None,
     models: Annotated[str, typer.Option(help="Names separated by commas; default: all.")] = "",
-    seconds: Annotated[float, typer.Option(help="How long each candidate steps each model, at least.")] = 2.0,
-    csv_path: Annotated[Path | None, typer.Option("--csv", help="Where to write the records, as they come.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Where to draw the CSV; needs --csv.")] = None,
+    seconds: Annotated[float, typer.Option(help="Minimum time for each candidate and model.")] = 2.0,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Where to write the records as they come.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to write a figure of the CSV; needs --csv.")] = None,
 ) -> None:
     """Step time of texp.SGD against torch.optim.SGD, in one run.
 
-    Of texp, each backend of the device; the reference only up to 20 million parameters.
+    Every backend of texp for the device is timed; the reference only up to 20 million parameters.
     """
     check_writable(csv_path)
     check_writable(plot, figure=True)
@@ -39,7 +39,7 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     console = make_console()
-    # Drawn between the turns: a thread that draws would disturb what is being timed.
+    # Refreshed between turns only: a drawing thread would disturb the timing.
     with make_progress(console, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(chosen))
         made = step_time.run(
@@ -59,7 +59,7 @@ def bench(
 
 
 def _models(text: str) -> list[str]:
-    """Names separated by commas, each once; all if there is none."""
+    """The named models, each once; all of them if none is named."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip())) or list(MODELS)
     for name in names:
         if name not in MODELS:

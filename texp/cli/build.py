@@ -4,5 +4,5 @@ from texp import native
 
 
 def build() -> int:
-    """Builds the C++ core, with nvcc its CUDA kernel too, ahead of the first use: for container images, say."""
+    """Builds the C++ core, and with nvcc its CUDA kernel, ahead of the first use, e.g. for a container image."""
     return native.main()

@@ -1,4 +1,4 @@
-"""What all commands have in common, also those in benchmarks: errors, where they print, what they may write."""
+"""What all commands share, those in benchmarks too: errors, the console, checks of output files."""
 
 import sys
 from pathlib import Path
@@ -7,28 +7,28 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-# What typer raises for bad arguments: click's own class, or that of the copy which newer versions bring along.
+# What typer raises for bad arguments: click's class, or that of the copy of click in newer versions of typer.
 UsageError = typer.BadParameter.__base__
 
-# Libraries of the extra "demo", by the names of their modules.
+# Libraries of the extra "demo", by module name.
 EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "scipy": "scipy"}
 
 FIGURES = (".png", ".pdf", ".svg")
 
 
 def make_console() -> Console:
-    """Wide enough for the tables where the output is a file or a pipe, in which case rich would assume 80 columns."""
+    """Wide enough for the tables if the output is a file or a pipe, for which rich assumes 80 columns."""
     return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def make_progress(console: Console, **options) -> Progress:
-    """Bars with counts and times; `options` are those of rich.progress.Progress."""
+    """Progress bars with counts and times; options as for rich.progress.Progress."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, **options)
 
 
 def check_writable(path: Path | None, *, figure: bool = False) -> None:
-    """Before minutes of training, not after. Raises BadParameter; None is nothing to write."""
+    """Raises BadParameter for a file that cannot be written, before minutes of training rather than after them."""
     if path is None:
         return
     if figure and path.suffix not in FIGURES:

@@ -14,7 +14,7 @@ from texp.cli.common import check_writable, make_console, make_progress
 
 def demo(
     epochs: Annotated[int, typer.Option(min=4, help="Epochs of 11 steps for each run.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initialisation and the batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed.")] = 0,
     plot: Annotated[Path, typer.Option(help="Where to write the figure.")] = Path("texp-demo.png"),
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Where to write every step of every run.")] = None,
 ) -> None:
@@ -23,8 +23,8 @@ def demo(
     check_writable(plot, figure=True)
     check_writable(csv_path)
     console = make_console()
-    # A second thread saves a quarter of the time where nothing else runs. Beside one busy process on two cores, it is
-    # waited for, which takes twice the time and more; one thread is hardly slower there.
+    # A second thread saves a quarter of the time on an idle machine, but beside one busy process on two cores it more
+    # than doubles it. One thread is hardly slowed down there.
     torch.set_num_threads(1)
     start = time.perf_counter()
     data, runs = digits.load_digits(), digits.make_runs()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
+from texp.bench.report import pyplot
 from texp.invariance.audit import param_groups
 from texp.schedules import TEXP
 from texp.sgd import SGD
@@ -208,11 +209,7 @@ def write_csv(runs: list[Run], path: Path) -> None:
 
 def plot(runs: list[Run], epochs: int, path: Path) -> None:
     """A PNG with the loss, the LR and ‖w‖²/η̃ of every run against the epoch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, (loss, lr, norm) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     styles = [
         {"lw": 3.5, "color": "0.75"},

@@ -10,7 +10,7 @@ from texp.cli.common import make_console
 
 
 def info() -> None:
-    """Versions, the backends with the reason for each that is not available, and which are taken by default."""
+    """Shows versions, which backends are available or why they are not, and which are the defaults."""
     table = Table(show_header=False)
     table.add_row("texp", __version__)
     table.add_row("torch", torch.__version__)

@@ -9,9 +9,10 @@ import typer
 from rich.table import Table
 
 from texp import theory
+from texp.bench.report import pyplot
 from texp.cli.common import check_writable, make_console
 
-MOST_STEPS = 10_000_000  # that a CSV or a figure may have
+MOST_STEPS = 10_000_000  # in a CSV or a figure
 
 
 def schedule(
@@ -25,7 +26,7 @@ def schedule(
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Where to write every step.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to write a figure.")] = None,
 ) -> None:
-    """The exponential schedule without weight decay that equals a step decay with it."""
+    """Shows the exponential schedule without weight decay that equals a step decay with it."""
     check_writable(csv_path)
     check_writable(plot, figure=True)
     steps = epochs * steps_per_epoch
@@ -41,7 +42,7 @@ def schedule(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
-    # A column a phase: so it fits a narrow terminal.
+    # One column for each phase: this fits a narrow terminal.
     table = Table("phase", show_lines=False)
     rows = {name: [] for name in (
         "epochs", "LR with decay", "α*", "growth per step", "growth per epoch", "instant factor",
@@ -95,11 +96,7 @@ def _milestones(text: str, epochs: int, steps_per_epoch: int) -> list[int]:
 def _plot_schedule(
     epoch: list[float], etas: list[float], closed: list[float], exact: list[float], path: Path
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     axes.plot(epoch, [math.log10(eta) for eta in etas], color="0.5", label="with weight decay")
     axes.plot(epoch, exact, color="C0", lw=2.5, label="without: exact (texp.theory.translate)")
