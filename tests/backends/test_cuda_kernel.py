@@ -237,19 +237,24 @@ class TestApply:
         assert (entry.param == 2).all()
         assert (entry.buf == 3).all()
 
-    def test_a_dependent_launch_is_the_first_after_advance(self, kernel):
-        """Of several launches the others follow it; those with rows of the host never are."""
-        kernel.texp_cuda_use_dependent_launch(True)
+    @pytest.mark.parametrize(("version", "dependent"), [(80, 0), (89, 0), (90, 1), (120, 1)])
+    def test_a_dependent_launch_is_the_first_after_advance(self, kernel, version, dependent):
+        """Of several launches the others follow it; those with rows of the host never are, nor any of code that was
+        compiled for less than 9.0, which does not wait, whatever the device is.
+        """
+        kernel.compile_for(version)
+        kernel.texp_cuda_load(0)
         try:
             entries = [(Row(c_g=1.0, e=-1.0), Entry(torch.zeros(3), torch.ones(3))) for _ in range(1000)]
             before = kernel.dependent_launches_so_far()
             self.apply(kernel, entries)
             assert kernel.dependent_launches_so_far() == before
             assert self.apply(kernel, entries, in_device_memory=True) > 1
-            assert kernel.dependent_launches_so_far() == before + 1
+            assert kernel.dependent_launches_so_far() == before + dependent
             assert all((entry.param == 2).all() for _, entry in entries)
         finally:
-            kernel.texp_cuda_use_dependent_launch(False)
+            kernel.compile_for(80)
+            kernel.texp_cuda_load(0)
 
 
 @pytest.mark.parametrize("current", [0, 1, 2])
