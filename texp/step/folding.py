@@ -148,7 +148,8 @@ def _check(items: list[_Item], work: list[tuple[Row, Entry]]) -> None:
     """Raises where a tensor cannot be written to."""
     for item, (row, entry) in zip(items, work, strict=True):
         if not _is_surely_writable(entry):  # to be sure of all in the same way would cost more than to fold them
-            checks.check_tensors(item.index, row, entry)
+            checks.check_tensors(item.index, entry)
+            checks.check_row(item.index, row, entry)
 
 
 def _is_surely_writable(entry: Entry) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from texp import theory
-from texp.theory import Hyperparameters, Row, Scale
+from texp.theory import Hyperparameters, Scale
 
 # The scale of a group in exponential form, as it stands in the group and in state dicts.
 SCALE_KEYS = {"scale": 1.0, "scale_exponent": 0, "carried_decay": 0.0}
@@ -107,21 +107,6 @@ def check_step(index: int, group: dict[str, Any]) -> None:
         check_scale(group)
     except ValueError as error:
         raise ValueError(f"parameter group {index}: {error}") from None
-
-
-def check_sparse(index: int, hyper: Hyperparameters, row: Row) -> None:
-    """Raises RuntimeError where `row` would make a sparse gradient or buffer dense."""
-    if hyper.weight_decay != 0 and not (hyper.scale_invariant and hyper.momentum == 0):
-        raise RuntimeError(
-            f"parameter group {index}: sparse gradients with weight_decay = {hyper.weight_decay} need a "
-            "scale_invariant group without momentum (torch.optim.SGD refuses them altogether); an ordinary decay "
-            "would have to touch every row of the parameter"
-        )
-    if row.a_p != 0 or row.c_p != 0:
-        raise RuntimeError(
-            f"parameter group {index}: with sparse gradients lr·weight_decay must be at most {1 - theory.ALPHA_MIN} "
-            f"and no decay may be carried in the momentum, got lr = {hyper.lr}, weight_decay = {hyper.weight_decay}"
-        )
 
 
 class AsIs:

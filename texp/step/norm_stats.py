@@ -182,10 +182,6 @@ class NormStats(dict):
         self.put(group, self.of(other))
         return self.of(group)
 
-    def are_weak(self) -> bool:
-        """Whether some are held weakly, and lost when nothing else holds them."""
-        return any(isinstance(stat.find, weakref.ref) for _, stats in self.values() for stat in stats)
-
 
 def _found(index: int, stats: list[NormStat]) -> list[tuple[Tensor, float]]:
     tensors = [(stat.find(), float(stat.power)) for stat in stats]
