@@ -66,9 +66,10 @@ def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None, sh
 def reduce(entries: Iterable[Entry]) -> Tensor:
     """‖p‖² and ‖g‖² of each entry: float64 of shape [n, 2], on the device of the entries.
 
-    Elements are squared and added in float64, in an order that depends on the shape and strides of a tensor alone: the
-    sums have the same bits in every run, whatever the number of threads. A missing gradient counts as 0, a sparse one
-    as the dense tensor that it stands for; for complex numbers, absolute values are squared. For a DTensor the sum is
+    Elements are squared and added in float64, in an order that depends on the shape and strides of a tensor alone:
+    the sums have the same bits in every run, whatever the number of threads. A missing gradient counts as 0, a sparse
+    one as the dense tensor that it stands for; for complex numbers, absolute values are squared. For a DTensor the
+    sum is
     over all shards, which takes a collective: all of its processes must call this.
     """
     sums = [
