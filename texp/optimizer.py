@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from texp import backends, theory
 from texp.step import buffers, folding, gather, groups, norm_stats
@@ -105,7 +106,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _use(self, kernels: backends.Kernels) -> None:
         self._kernels = kernels
-        self._stepper = kernels.core and kernels.core.Stepper(
+        core = kernels.core
+        # Without the core there is no telling whether a profiler or the like is to see a step.
+        self._observed: Callable[[], bool] | None = core and core.observed
+        self._stepper = core and core.Stepper(
             check_scale=groups.check_step, current_stream=current_raw_stream, cpu=kernels.cpu, cuda=kernels.cuda
         )
 
@@ -158,7 +162,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Returns what the closure returned, or None.
         """
-        return (self._untraced_step if torch.compiler.is_compiling() else self._hooked_step)(args, kwargs)
+        return self._untraced_step(args, kwargs) if is_compiling() else self._hooked_step(args, kwargs)
 
     step.hooked = True  # tells torch that step() itself sees to the hooks, which see how it was called
 
@@ -180,13 +184,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _is_observed(self) -> bool:
         if type(self).step is not FusedOptimizer.step:
             return False  # a subclass overrides step(): torch has wrapped that
-        return bool(
-            self._kernels.core is None
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or has_global_step_hooks()
-            or self._kernels.core.observed()
-        )
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or has_global_step_hooks()
+        return bool(hooks) or self._observed is None or self._observed()
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -194,28 +193,38 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if self._kernels.scale_on and self._step_on_device(scale, found_inf):
+        if scale is None and found_inf is None and not self.capturable:
+            if self._device is not None:
+                self._leave_device()
+            self._skipped = False
+            self._step_on_host(1.0)
+        elif not (self._kernels.scale_on and self._step_on_device(scale, found_inf)):
+            if self.capturable:
+                backends.refuse_capturable()
+            self._leave_device()
+            self._skipped = found_inf is not None and bool(found_inf)
+            if self._skipped:
+                return loss
+            grad_scale = 1.0 if scale is None else float(scale)
+            if not 0 < grad_scale < float("inf"):
+                raise ValueError(f"grad_scale must be a finite number greater than 0, got {grad_scale}")
+            self._step_on_host(grad_scale)
+        if self._folded is not None:
             self._forget_folded()
-            return loss
-        if self.capturable:
-            backends.refuse_capturable()
-        self._leave_device()
-        self._skipped = found_inf is not None and bool(found_inf)
-        if self._skipped:
-            return loss
-        grad_scale = 1.0 if scale is None else float(scale)
-        if not 0 < grad_scale < float("inf"):
-            raise ValueError(f"grad_scale must be a finite number greater than 0, got {grad_scale}")
+        return loss
+
+    def _step_on_host(self, grad_scale: float) -> None:
+        """Takes a step whose rows are computed on the host."""
+        stepper = self._stepper
         if self.defaults["differentiable"]:
-            self._differentiable_step()
-        elif (stepper := self._stepper) is None or (
-            self._kernels.launcher and self._kernels.cuda and torch.cuda.is_current_stream_capturing()
-        ):
-            self._step_in_plain_torch(grad_scale)
-        elif result := stepper.step(
+            return self._differentiable_step()
+        if stepper is None or (self._kernels.launcher is not None and self._refuse_capture()):
+            return self._step_in_plain_torch(grad_scale)
+        result = stepper.step(
             self.param_groups, self._norm_stats, self.state, grad_scale, self.momentum_dtype, self._check_fallback
-        ):
-            if result & stepper.CAPTURING:
+        )
+        if result:
+            if result & stepper.CAPTURING and self._refuse_capture():
                 self._step_in_plain_torch(grad_scale)
             if result & stepper.AVERAGED:
                 groups.warn_of_averaging()
@@ -223,9 +232,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 fallback, self._fallback = self._fallback, None
                 fallback.do()
                 self._find_kernels_if_moved(entry.param for _, entry in fallback.work)
-        if self._folded is not None:
-            self._forget_folded()
-        return loss
+
+    def _refuse_capture(self) -> bool:
+        """Whether a graph is being captured, which would hold for ever what the host computes; raises RuntimeError
+        where a backend was asked for by name: torch's own step is none.
+        """
+        capturing = self._kernels.cuda is not False and torch.cuda.is_current_stream_capturing()
+        if capturing and self._backend is not None:
+            raise RuntimeError("a step can be captured with capturable=True; this one would be computed by the host")
+        return capturing
 
     def _step_in_plain_torch(self, grad_scale: float) -> None:
         """Without a core, or while a graph is captured that would replay what the host has computed: for ordinary
@@ -250,11 +265,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         skipped, or is captured in a graph. Returns whether it did.
         """
         on = self._kernels.scale_on
-        capturing = on == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing and not self.capturable and self._backend is not None:
-            raise RuntimeError("a step can be captured with capturable=True; this one would be computed by the host")
         if not self.capturable and not (isinstance(found_inf, Tensor) and found_inf.device.type == on):
             return False
+        if not self.capturable:
+            self._refuse_capture()
+        capturing = on == "cuda" and torch.cuda.is_current_stream_capturing()
         why = self._ask_device(scale, found_inf, capturing) if self._device is not None else False
         if why is not None and (why is False or self._device.scales.device != self._first_device(on)):
             why = self._make_device_state(on, capturing) or self._ask_device(scale, found_inf, capturing)
@@ -266,11 +281,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _ask_device(self, scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> str | bool | None:
         """Takes a step on the device: None; or says why not; False where what is kept there is out of date."""
-        device_state = self._device
-        device_state.capturable = self.capturable
+        device_state, launcher = self._device, self._kernels.launcher
         device_state.restore(self.state)
+        if launcher is not None:
+            launcher.capturable = self.capturable
         if capturing:
-            self._captured.append((device_state, self._kernels.launcher))
+            self._captured.append((device_state, launcher))
         device = device_state.scales.device
         return self._stepper.step_on_device(
             self.param_groups,

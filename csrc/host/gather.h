@@ -127,9 +127,8 @@ class Gather {
       gather_groups(true);
       finish();
     }
-    // From here on Python code may run: what is left to the reference is looked at, state is made for new buffers, or a
-    // launcher is called.
-    if (!fallback.empty() || !new_buffers.empty() || cpu_.launcher || cuda_.launcher) hold();
+    // From here on Python code may run: what is left to the reference is looked at, or state is made for new buffers.
+    if (!fallback.empty() || !new_buffers.empty()) hold();
   }
 
   // For rows on a device, whose kernels are `kernels`; throws NotOnDevice.
@@ -140,7 +139,7 @@ class Gather {
           is_cuda ? kernels : Kernels(), &device);
     gather_groups(false);
     if (finish()) throw NotOnDevice{"parameters, buffers or norm_stats share memory"};
-    if (!new_buffers.empty() || !started.empty() || kernels.launcher) hold();
+    if (!new_buffers.empty() || !started.empty()) hold();
   }
 
   // For rows that are given: pairs of a row and (param, None, buffer or None). Returns the places of those that the
@@ -169,6 +168,13 @@ class Gather {
     }
     for_each_list([](TensorList& list) { list.hold(); });
     return left;
+  }
+
+  // Keeps what a launcher, which is Python code, may drop; the tensors themselves are not needed after it.
+  void hold_for_launch(TensorList& list) {
+    if (is_held) return;
+    list.hold_memory();
+    hold_groups();
   }
 
   // Forgets everything, but keeps the memory, and what the next step is compared with.
@@ -334,24 +340,26 @@ class Gather {
   // A group without the keys of an exponential one, with its rows on the host: its parameters do not depend on each
   // other.
   void gather_ordinary(Py_ssize_t index, const Options& options, PyObject* list) {
-    int32_t update = -1, running = -1;
-    bool has_momentum = false;
-    const bool may_be_usual = cpu_.take && !momentum_dtype_ && !is_watched_ && known_rows_ == nullptr;
+    params_.clear();
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
-      Param param = reader_.param(PySequence_Fast_GET_ITEM(list, i));
-      if (!param.has_grad()) continue;
-      if (update < 0) {
-        const Hyperparameters& h = reader_.hyperparameters(options, index);
-        update = update_of(h, {}, false);
-        has_momentum = h.momentum != 0;
-      }
-      if (has_momentum) param.buf = reader_.buffer(param);
-      if (param.buf != nullptr && may_be_usual && param.grad != nullptr && THPVariable_CheckExact(param.buf)) {
-        if (running < 0) running = row_of(update, Kind::running);
-        if (on_cpu_.take_usual(THPVariable_Unpack(param.object), param.grad, &THPVariable_Unpack(param.buf), running)) continue;
-      }
+      params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
+      if (!params_.back().has_grad()) params_.pop_back();
+    }
+    if (params_.empty()) return;
+    const Hyperparameters& h = reader_.hyperparameters(options, index);
+    const int32_t update = update_of(h, {}, false);
+    const bool has_momentum = h.momentum != 0;
+    if (has_momentum)
+      for (Param& param : params_) param.buf = reader_.buffer(param);
+    const bool may_be_usual = cpu_.take && !momentum_dtype_ && !is_watched_ && known_rows_ == nullptr;
+    for (const Param& param : params_) {
       const Kind kind = param.buf == nullptr && has_momentum ? Kind::first : Kind::running;
       const int32_t row = row_of(update, kind);
+      if (may_be_usual && param.grad != nullptr && kind != Kind::first &&
+          (param.buf == nullptr || THPVariable_CheckExact(param.buf)) &&
+          on_cpu_.take_usual(THPVariable_Unpack(param.object), param.grad,
+                             param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf), row))
+        continue;
       if (const Refusal refusal = take(param, kind, row)) refuse(index, refusal, row, kind, param);
     }
   }
@@ -538,12 +546,17 @@ class Gather {
     return entry.in[1] != Number::In::host || entry.momentum.value != 0;
   }
 
-  void hold() {
+  void keep(PyObject* object) { objects_.push_back(py::reinterpret_borrow<py::object>(object)); }
+
+  void hold_groups() {
     is_held = true;
-    for_each_list([](TensorList& list) { list.hold(); });
-    const auto keep = [&](PyObject* object) { objects_.push_back(py::reinterpret_borrow<py::object>(object)); };
     for (const Rescaled& of : rescaled) keep(of.stored.group);
     for (PyObject* group : started) keep(group);
+  }
+
+  void hold() {
+    hold_groups();
+    for_each_list([](TensorList& list) { list.hold(); });
     for (const NewBuffer& made : new_buffers) keep(made.param);
     for (Fallback& of : fallback) {
       keep(of.param.object);

@@ -165,19 +165,18 @@ class Stepper {
     for (auto& list : found.on_cuda()) {
       if (list->size() == 0) continue;
       if (cuda_.launcher) {
-        launch(*list, found.rows, cuda_.launcher);
+        launch(found, *list, cuda_.launcher);
       } else {
         raise_if(texp_cuda_apply(list->device().index(), stream(*list), list->entries(), list->size(), found.rows.wide.data(),
                                  nullptr, nullptr));
+        list->bump_versions();
       }
       list->write_back();
-      list->bump_versions();
     }
     TensorList& list = found.on_cpu();
     if (list.size() == 0) return;
     if (cpu_.launcher) {
-      launch(list, found.rows, cpu_.launcher);
-      list.bump_versions();
+      launch(found, list, cpu_.launcher);
     } else if (list.releases_gil()) {
       list.hold_memory();
       list.bump_versions();  // as long as the tensors are there for certain
@@ -190,8 +189,11 @@ class Stepper {
     list.write_back();
   }
 
-  static void launch(const TensorList& list, const Rows& rows, const py::object& launcher) {
-    launcher.attr("apply")(list.device().str(), list.version(), view_of(list.entries(), list.size()), view_of(rows.wide));
+  static void launch(Gather& found, TensorList& list, const py::object& launcher) {
+    list.bump_versions();  // as long as the tensors are there for certain
+    found.hold_for_launch(list);
+    launcher.attr("apply")(list.device().str(), list.version(), view_of(list.entries(), list.size()),
+                           view_of(found.rows.wide));
   }
 
   // Phases 3 and 4 on a device.
@@ -200,6 +202,8 @@ class Stepper {
     TensorList& list = found.on_device();
     const py::object& launcher = list.device().is_cuda() ? cuda_.launcher : cpu_.launcher;
     if (launcher) {
+      list.bump_versions();
+      found.hold_for_launch(list);
       launcher.attr("step_on_device")(version_on_device(found, list), view_of(list.entries(), list.size()), view_of(found.groups),
                                       view_of(found.requests), on_device.object, grad_scale, found_inf, on_device.capturing);
     } else {
@@ -217,9 +221,9 @@ class Stepper {
       raise_if(texp_cuda_advance(index, stream, found.groups.data(), static_cast<int64_t>(found.groups.size()),
                                  found.requests.data(), static_cast<int64_t>(found.requests.size()), step));
       raise_if(texp_cuda_apply(index, stream, list.entries(), list.size(), nullptr, step.rows, step.skip));
+      list.bump_versions();
     }
     list.write_back();
-    list.bump_versions();
   }
 
   // Room for so many rows on the device, and one before them for `skip`. The state keeps it for the next step, and for

@@ -44,8 +44,8 @@ inline const char* unwritable(const at::Tensor& t) {
   return nullptr;
 }
 
-inline Dtype dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
+inline Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
     case at::kDouble:
       return Dtype::float64;
     case at::kBFloat16:
@@ -59,8 +59,8 @@ inline Dtype dtype_of(const at::Tensor& t) {
 
 // g, b: null if there is none.
 inline Dtypes dtypes_of(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b) {
-  const Dtype own = dtype_of(p);
-  return Dtypes::of(own, g == nullptr ? own : dtype_of(*g), b == nullptr ? own : dtype_of(*b));
+  const auto of = [&](const at::Tensor* t) { return dtype_of((t == nullptr ? p : *t).scalar_type()); };
+  return Dtypes::of(of(&p), of(g), of(b));
 }
 
 inline bool is_dense(const at::Tensor& t) { return t.is_contiguous() || t.is_non_overlapping_and_dense(); }
@@ -111,14 +111,16 @@ class TensorList {
 
   // Takes p, g and b (null: none) if they are what nearly all tensors are: of one dtype, plain and contiguous.
   [[gnu::flatten]] bool take_usual(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
-    const c10::TensorImpl& impl = *p.unsafeGetTensorImpl();
-    if (!is_usual(impl) || !shared_.empty() || (g != nullptr && !is_like(*g->unsafeGetTensorImpl(), impl)) ||
-        (b != nullptr && !is_like(*b->unsafeGetTensorImpl(), impl)))
+    c10::TensorImpl* const p_impl = p.unsafeGetTensorImpl();
+    c10::TensorImpl* const g_impl = g == nullptr ? nullptr : g->unsafeGetTensorImpl();
+    c10::TensorImpl* const b_impl = b == nullptr ? nullptr : b->unsafeGetTensorImpl();
+    if (!is_usual(*p_impl) || !shared_.empty() || (g_impl != nullptr && !is_like(*g_impl, *p_impl)) ||
+        (b_impl != nullptr && !is_like(*b_impl, *p_impl)))
       return false;
-    const at::ScalarType type = impl.dtype().toScalarType();
+    const at::ScalarType type = p_impl->dtype().toScalarType();
     if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
-    const Dtype dtype = dtype_of(p);
-    push(p, p, g, b, b, row, Dtypes::of(dtype, dtype, dtype));
+    const Dtype dtype = dtype_of(type);
+    push(*p_impl, p_impl, g_impl, b_impl, b_impl, row, Dtypes::of(dtype, dtype, dtype));
     return true;
   }
 
@@ -141,7 +143,8 @@ class TensorList {
     const at::Tensor& p_flat = is_dense(p) ? p : copied(p, at::empty_like(p).strides(), true);
     const at::Tensor* g_flat = g == nullptr || same_layout(p_flat, *g) ? g : &copied(*g, p_flat.strides(), false);
     const at::Tensor* b_flat = b == nullptr || same_layout(p_flat, *b) ? b : &copied(*b, p_flat.strides(), true);
-    push(p, p_flat, g_flat, b, b_flat, row, dtypes_of(p, g, b));
+    const auto impl = [](const at::Tensor* t) { return t == nullptr ? nullptr : t->unsafeGetTensorImpl(); };
+    push(*p.unsafeGetTensorImpl(), impl(&p_flat), impl(g_flat), impl(b), impl(b_flat), row, dtypes_of(p, g, b));
     return {};
   }
 
@@ -231,38 +234,40 @@ class TensorList {
     return true;
   }
 
-  void push(const at::Tensor& p, const at::Tensor& p_flat, const at::Tensor* g_flat, const at::Tensor* b,
-            const at::Tensor* b_flat, int32_t row, Dtypes dtypes) {
+  // p_flat, g, b_flat: what the kernel is given; null: none.
+  void push(c10::TensorImpl& p, c10::TensorImpl* p_flat, c10::TensorImpl* g, c10::TensorImpl* b, c10::TensorImpl* b_flat,
+            int32_t row, Dtypes dtypes) {
     if (size_ == entries_.size()) {
       entries_.emplace_back();
       impls_.emplace_back();
     }
     TensorEntry& entry = entries_[size_];
-    Impls& impls = impls_[size_++];
     // Field by field: a struct that is copied is read again, in other words than it was written in, which stalls.
     const auto put = [](auto& field, auto value, bool& differs) {
       differs |= field != value;
       field = value;
     };
-    put(entry.p, data_of(p_flat, true), moved_);
-    put(entry.g, g_flat == nullptr ? nullptr : static_cast<const void*>(data_of(*g_flat, false)), changed_);
-    put(entry.b, b_flat == nullptr ? nullptr : data_of(*b_flat, true), moved_);
-    put(entry.numel, p_flat.unsafeGetTensorImpl()->numel(), moved_);
+    const int64_t numel = p.numel();
+    put(entry.p, data_of(p_flat, numel, true), moved_);
+    put(entry.g, const_cast<const void*>(data_of(g, numel, false)), changed_);
+    put(entry.b, data_of(b_flat, numel, true), moved_);
+    put(entry.numel, numel, moved_);
     put(entry.row, row, changed_);
     put(entry.dtypes.bits, dtypes.bits, moved_);
-    impls.p = p.unsafeGetTensorImpl();
-    impls.g = g_flat == nullptr ? nullptr : g_flat->unsafeGetTensorImpl();
-    impls.b = b == nullptr ? nullptr : b->unsafeGetTensorImpl();
+    Impls& impls = impls_[size_++];
+    impls.p = &p;
+    impls.g = g;
+    impls.b = b;
     is_checked_ = false;
   }
 
-  // As mutable_data_ptr and const_data_ptr, whose checks a strided tensor passes. Null: no elements.
-  static void* data_of(const at::Tensor& t, bool is_written) {
-    const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
-    if (impl.numel() == 0) return nullptr;
-    const c10::Storage& storage = impl.unsafe_storage();
-    void* begin = is_written ? storage.mutable_data() : const_cast<void*>(storage.data());
-    return static_cast<char*>(begin) + impl.storage_offset() * static_cast<int64_t>(impl.dtype().itemsize());
+  // As mutable_data and data, whose checks a strided tensor passes. Null where there is none, or no elements.
+  static void* data_of(const c10::TensorImpl* t, int64_t numel, bool is_written) {
+    if (t == nullptr || numel == 0) return nullptr;
+    const c10::Storage& storage = t->unsafe_storage();
+    char* begin = static_cast<char*>(is_written ? storage.mutable_data() : const_cast<void*>(storage.data()));
+    const int64_t offset = t->storage_offset();
+    return offset == 0 ? begin : begin + offset * static_cast<int64_t>(t->itemsize());
   }
 
   // A dense copy, with these strides.

@@ -22,10 +22,7 @@ class DeviceScaleState:
             first step with momentum.
         momentum_initialized: uint8, one for each parameter: whether it has taken that step.
         workspace: for the rows of a step; allocated by the first step.
-        capturable: whether the next step may be captured.
     """
-
-    capturable = False
 
     def __init__(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], device: torch.device) -> None:
         self.groups = list(param_groups)
