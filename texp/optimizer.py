@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from texp import backends, theory
 from texp.step import buffers, folding, gather, groups, norm_stats
@@ -162,7 +161,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Returns what the closure returned, or None.
         """
-        return self._untraced_step(args, kwargs) if is_compiling() else self._hooked_step(args, kwargs)
+        return (self._untraced_step if torch.compiler.is_compiling() else self._hooked_step)(args, kwargs)
 
     step.hooked = True  # tells torch that step() itself sees to the hooks, which see how it was called
 
