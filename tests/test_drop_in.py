@@ -28,11 +28,11 @@ class TestGroups:
 
     @FORMS
     def test_their_keys(self, target, exponential):
-        group = {"params": [param()], "lr": 0.5, "scale_invariant": exponential, "capturable": False}
-        del group["capturable"]
-        optimizer = target.sgd([group, {"params": [param()], "scale_invariant": False}], momentum=0.9)
-        for p in (group["params"][0], optimizer.param_groups[1]["params"][0]):
+        params = [param(device=target.device) for _ in range(2)]
+        for p in params:
             p.grad = torch.ones_like(p)
+        group = {"params": params[:1], "lr": 0.5, "scale_invariant": exponential}
+        optimizer = target.sgd([group, {"params": params[1:], "scale_invariant": False}], momentum=0.9)
         optimizer.step()
         for groups in (optimizer.param_groups, optimizer.state_dict()["param_groups"]):
             assert groups[0].keys() == (KEYS | SCALE if exponential else KEYS)
@@ -192,7 +192,8 @@ class TestDtypes:
         for make in (torch.optim.SGD, target.sgd):
             model = nn.Linear(3, 2, bias=False, dtype=dtype, device=target.device)
             nn.init.ones_(model.weight)
-            extra = {"scale_invariant": True} if exponential and make is not torch.optim.SGD else {}
+            # torch's foreach takes no mix of dtypes.
+            extra = {"foreach": False} if make is torch.optim.SGD else {"scale_invariant": exponential}
             optimizer = make(model.parameters(), lr=0.25, momentum=0.5, **extra)
             for _ in range(2):
                 for wide in (dtype, torch.float32):

@@ -18,6 +18,7 @@ import texp
 from tests.conftest import INTERPRETED, Target, same_bits, targets
 from tests.states import snapshot
 
+pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest, which is not installed")
 with mock.patch("torch.backends.disable_global_flags"):  # would be for all tests that follow
     from torch.testing._internal import common_optimizers
 

@@ -12,7 +12,8 @@
 extern "C" {
 
 // Applies to each tensor its row. Either `rows` (on the host) or `device_rows` is not null, and TensorEntry::row is an
-// index into it. With device_rows, nothing is changed where *skip, in device memory, is not 0.
+// index into it. With device_rows, which advance has just written, nothing is changed where *skip, in device memory, is
+// not 0.
 const char* texp_cuda_apply(int device, void* stream, const texp::TensorEntry* tensors, int64_t n,
                             const texp::Row<double>* rows, const texp::Row<double>* device_rows, const int32_t* skip);
 
@@ -28,10 +29,6 @@ const char* texp_cuda_reduce(int device, void* stream, const texp::TensorEntry* 
 
 // How many float64 the workspace must hold.
 int64_t texp_cuda_reduce_workspace(const texp::TensorEntry* tensors, int64_t n);
-
-// Whether apply may be launched while advance still runs, on GPUs that can do so (compute capability 9.0 and newer:
-// programmatic dependent launch). It then waits on the device. Off unless this is called.
-void texp_cuda_use_dependent_launch(bool on);
 
 // Loads the kernels that a capture may launch: otherwise their first launch does, which a capture does not allow.
 const char* texp_cuda_load(int device);

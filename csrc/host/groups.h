@@ -222,7 +222,7 @@ class Reader {
     held_grads_.clear();
   }
 
-  PyObject* hold(PyObject* object) {
+  TEXP_INLINE PyObject* hold(PyObject* object) {
     if (slow_path) [[unlikely]]
       held_.push_back(py::reinterpret_borrow<py::object>(object));
     return object;

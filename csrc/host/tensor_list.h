@@ -229,8 +229,9 @@ class TensorList {
     if (t.dtype() != p.dtype() || !is_usual(t)) return false;
     const at::IntArrayRef sizes = t.sizes(), wanted = p.sizes();
     if (sizes.size() != wanted.size()) return false;
-    for (size_t i = 0; i < sizes.size(); ++i)
-      if (sizes[i] != wanted[i]) return false;
+    const int64_t *size = sizes.data(), *of_p = wanted.data(), *const end = size + sizes.size();
+    for (; size != end; ++size, ++of_p)
+      if (*size != *of_p) return false;
     return true;
   }
 
@@ -243,17 +244,20 @@ class TensorList {
     }
     TensorEntry& entry = entries_[size_];
     // Field by field: a struct that is copied is read again, in other words than it was written in, which stalls.
+    bool moved = false, changed = false;
     const auto put = [](auto& field, auto value, bool& differs) {
       differs |= field != value;
       field = value;
     };
     const int64_t numel = p.numel();
-    put(entry.p, data_of(p_flat, numel, true), moved_);
-    put(entry.g, const_cast<const void*>(data_of(g, numel, false)), changed_);
-    put(entry.b, data_of(b_flat, numel, true), moved_);
-    put(entry.numel, numel, moved_);
-    put(entry.row, row, changed_);
-    put(entry.dtypes.bits, dtypes.bits, moved_);
+    put(entry.p, data_of(p_flat, numel, true), moved);
+    put(entry.g, const_cast<const void*>(data_of(g, numel, false)), changed);
+    put(entry.b, data_of(b_flat, numel, true), moved);
+    put(entry.numel, numel, moved);
+    put(entry.row, row, changed);
+    put(entry.dtypes.bits, dtypes.bits, moved);
+    moved_ |= moved;
+    changed_ |= changed;
     Impls& impls = impls_[size_++];
     impls.p = &p;
     impls.g = g;

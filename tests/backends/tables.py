@@ -1,7 +1,7 @@
-"""The tables of csrc/tables.h packed in Python, for tests that call a launcher themselves."""
+"""The tables of csrc/tables.h made in Python, for tests that call a launcher or a kernel themselves."""
 
-import struct
 from collections.abc import Iterable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -9,23 +9,23 @@ from torch import Tensor
 from texp import backends
 from texp.theory import Row
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of Dtype
+layout = backends.triton.import_kernels("layout")  # the structs; it can be imported without Triton
+DTYPES = [getattr(torch, name) for name in layout.DTYPES]
 
 
-def launch():
+def launch() -> ModuleType:
     """texp.kernels.launch, which may be imported only where Triton is."""
     return backends.triton.import_kernels()
 
 
-def dtypes_of(p: torch.dtype, g: torch.dtype, b: torch.dtype) -> int:
-    return DTYPES.index(p) | DTYPES.index(g) << 2 | DTYPES.index(b) << 4
+def address(x: Tensor | None) -> int | None:
+    return None if x is None or x.numel() == 0 else x.data_ptr()
 
 
 def tensor_entry(p: Tensor, g: Tensor | None = None, b: Tensor | None = None, row: int = 0) -> bytes:
-    dtypes = dtypes_of(*(p.dtype if x is None else x.dtype for x in (p, g, b)))
-    addresses = (0 if x is None else x.data_ptr() for x in (p, g, b))
-    return struct.pack("=QQQqiB3x", *addresses, p.numel(), row, dtypes)
+    of_p, of_g, of_b = (DTYPES.index((p if x is None else x).dtype) for x in (p, g, b))
+    return bytes(layout.TensorEntry(*map(address, (p, g, b)), p.numel(), row, of_p | of_g << 2 | of_b << 4))
 
 
 def rows_of(rows: Iterable[Row]) -> bytes:
-    return b"".join(struct.pack("=10d", *row) for row in rows)
+    return b"".join(layout.Row(*row) for row in rows)

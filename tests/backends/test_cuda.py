@@ -10,14 +10,14 @@ from torch import nn
 import texp
 from tests.backends.gpu import ARGUMENTS, LAYOUTS, needs, set_grads, static_grads, twins
 from tests.conftest import profiler, same_bits
+from texp.step.groups import scale_of
 
 pytestmark = needs("cuda")
 
 
 def assert_same(cpu: texp.SGD, cuda: texp.SGD) -> None:
     for group, twin in zip(cpu.param_groups, cuda.param_groups, strict=True):
-        for key in ("scale", "scale_exponent", "carried_decay"):
-            assert group[key] == twin[key]
+        assert scale_of(group) == scale_of(twin)
         for p, q in zip(group["params"], twin["params"], strict=True):
             assert same_bits(p.detach(), q.detach().cpu())
             b, c = (o.state[x].get("momentum_buffer") if x in o.state else None for o, x in ((cpu, p), (cuda, q)))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import texp
-from tests.backends import ctables as tables
+from tests.backends.tables import DTYPES, address, layout, rows_of, tensor_entry
 from tests.conftest import same_bits
 from tests.test_theory import hypers
 from texp import theory
@@ -36,7 +36,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"there is no C++ compiler {COMPILER!r}"),
 ]
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of texp::Dtype
 TILE = 2048  # of apply; of float32 it is half of that
 REDUCE_TILE = 8192
 POISON = -7.0
@@ -66,44 +65,6 @@ def kernel(tmp_path_factory):
     assert loaded.misaligned_so_far() == 0
 
 
-def test_tables_are_laid_out_as_the_compiler_does(tmp_path):
-    values = []  # pairs of what C++ calls it and what it is in Python
-    for struct in tables.STRUCTS:
-        name = "texp::Row<double>" if struct is tables.Row else f"texp::{struct.__name__}"
-        values.append((f"sizeof({name})", ctypes.sizeof(struct)))
-        for member, _ in struct._fields_:
-            values.append((f"offsetof({name}, {member})", getattr(struct, member).offset))
-            values.append((f"sizeof({name}::{member})", getattr(struct, member).size))
-    for enum, members in tables.ENUMS.items():
-        values += [(f"int(texp::{enum}::{member})", i) for i, member in enumerate(members)]
-    dtypes = product(enumerate(tables.ENUMS["Dtype"]), repeat=3)
-    for (i, p), (j, g), (k, b) in dtypes:
-        expression = "texp::Dtypes::of({}).bits".format(", ".join(f"texp::Dtype::{x}" for x in (p, g, b)))
-        values.append((expression, i | j << 2 | k << 4))
-    source = tmp_path / "tables.cpp"
-    checks = "".join(f'static_assert({cpp} == {value}, "{value}");\n' for cpp, value in values)
-    source.write_text(f'#include <cstddef>\n#include "tables.h"\n{checks}')
-    subprocess.run([COMPILER, "-std=c++20", f"-I{ROOT / 'csrc'}", "-fsyntax-only", str(source)], check=True)
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-def tensor_entry(entry: Entry, row: int = 0) -> tables.TensorEntry:
-    p, g, b = entry
-    of_p, of_g, of_b = (DTYPES.index((p if x is None else x).dtype) for x in entry)
-    return tables.TensorEntry(address(p), address(g), address(b), p.numel(), row, of_p | of_g << 2 | of_b << 4)
-
-
-def array(struct: type, items: list) -> bytes:
-    return bytes((struct * len(items))(*items))
-
-
-def row_array(rows: list[Row]) -> bytes:
-    return array(tables.Row, [tables.Row(*row) for row in rows])
-
-
 class Launcher:
     """Takes the place of the launches: gives tables, as the host side makes them, to the kernels compiled for the
     host."""
@@ -114,25 +75,25 @@ class Launcher:
         self.kernel = kernel
 
     def apply(self, device: str, version: int, tensors: bytes, rows: bytes) -> None:
-        n, table = self._table(tables.TensorEntry, tensors)
-        self._check(self.kernel.texp_cuda_apply(0, None, table, n, self._table(tables.Row, rows)[1], None, None))
+        n, table = self._table(layout.TensorEntry, tensors)
+        self._check(self.kernel.texp_cuda_apply(0, None, table, n, self._table(layout.Row, rows)[1], None, None))
 
     def step_on_device(
         self, version: int, tensors: bytes, groups: bytes, requests: bytes, state, grad_scale, found_inf, capturing
     ) -> None:
-        n, table = self._table(tables.TensorEntry, tensors)
-        n_groups, groups = self._table(tables.GroupEntry, groups)
-        n_requests, requests = self._table(tables.RowRequest, requests)
+        n, table = self._table(layout.TensorEntry, tensors)
+        n_groups, groups = self._table(layout.GroupEntry, groups)
+        n_requests, requests = self._table(layout.RowRequest, requests)
         assert n == n_requests
         self.rows, self.skip = torch.full((n, 10), POISON, dtype=torch.float64), torch.tensor([-1], dtype=torch.int32)
         where = (grad_scale, found_inf, state.momentum_initialized, self.rows, self.skip)
-        step = tables.DeviceStep(*map(address, where))
+        step = layout.DeviceStep(*map(address, where))
         self._check(self.kernel.texp_cuda_advance(0, None, groups, n_groups, requests, n, ctypes.byref(step)))
         arguments = (table, n, None, address(self.rows), address(self.skip))
         self._check(self.kernel.texp_cuda_apply(0, None, *arguments))
 
     def reduce(self, device: str, tensors: bytes) -> Tensor:
-        n, table = self._table(tables.TensorEntry, tensors)
+        n, table = self._table(layout.TensorEntry, tensors)
         used = self.kernel.texp_cuda_reduce_workspace(table, n)
         workspace, sums = (torch.full((size + 1,), POISON, dtype=torch.float64) for size in (used, 2 * n))
         self._check(self.kernel.texp_cuda_reduce(0, None, table, n, sums.data_ptr(), workspace.data_ptr()))
@@ -160,7 +121,7 @@ HYPERS = [
 ]
 
 
-def rows_of(hyper: Hyperparameters) -> tuple[Row, Row, Row]:
+def rows_of_step(hyper: Hyperparameters) -> tuple[Row, Row, Row]:
     """Running, first, and idle: with P above 1, so that the exponential ones pass 2 or do not."""
     scale = Scale(1.9, 3, 0.1) if hyper.scale_invariant else Scale()
     step = theory.advance(scale, hyper, grad_scale=8.0)
@@ -185,16 +146,16 @@ class TestApply:
         """Returns how many launches it took."""
         before = kernel.launches_so_far()
         if in_device_memory:  # a row for each tensor, as `advance` leaves them
-            tensors = [tensor_entry(entry, i) for i, (_, entry) in enumerate(entries)]
+            tensors = [tensor_entry(*entry, i) for i, (_, entry) in enumerate(entries)]
             rows = torch.tensor([row for row, _ in entries], dtype=torch.float64)
             flag = torch.tensor([skip], dtype=torch.int32)
-            table = array(tables.TensorEntry, tensors)
+            table = b"".join(tensors)
             arguments = (table, len(tensors), None, rows.data_ptr(), flag.data_ptr())
             assert kernel.texp_cuda_apply(0, None, *arguments) is None
         else:
             rows = list(dict.fromkeys(row for row, _ in entries))
-            tensors = [tensor_entry(entry, rows.index(row)) for row, entry in entries]
-            Launcher(kernel).apply("cpu", 0, array(tables.TensorEntry, tensors), row_array(rows))
+            tensors = [tensor_entry(*entry, rows.index(row)) for row, entry in entries]
+            Launcher(kernel).apply("cpu", 0, b"".join(tensors), rows_of(rows))
         return kernel.launches_so_far() - before
 
     @pytest.mark.parametrize("in_device_memory", [False, True])
@@ -227,7 +188,7 @@ class TestApply:
                 p, p_storage = poisoned(size, p_dtype, of_p, generator)
                 g, g_storage = poisoned(size, g_dtype, of_g, generator)
                 b, b_storage = (None, None) if b_dtype is None else poisoned(size, b_dtype, of_b, generator)
-                row = rows_of(hyper)[(i + len(entries)) % 3]
+                row = rows_of_step(hyper)[(i + len(entries)) % 3]
                 g = g if (i + len(entries)) % 3 != 2 else None  # idle rows are for tensors without one
                 entries.append((row, Entry(p, g, b)))
                 twins.append(
@@ -276,35 +237,40 @@ class TestApply:
         assert (entry.param == 2).all()
         assert (entry.buf == 3).all()
 
-    def test_a_dependent_launch_is_the_first_after_advance(self, kernel):
-        """Of several launches the others follow it; those with rows of the host never are."""
-        kernel.texp_cuda_use_dependent_launch(True)
+    @pytest.mark.parametrize(("version", "dependent"), [(80, 0), (89, 0), (90, 1), (120, 1)])
+    def test_a_dependent_launch_is_the_first_after_advance(self, kernel, version, dependent):
+        """Of several launches the others follow it; those with rows of the host never are, nor any of code that was
+        compiled for less than 9.0, which does not wait, whatever the device is.
+        """
+        kernel.compile_for(version)
+        kernel.texp_cuda_load(0)
         try:
             entries = [(Row(c_g=1.0, e=-1.0), Entry(torch.zeros(3), torch.ones(3))) for _ in range(1000)]
             before = kernel.dependent_launches_so_far()
             self.apply(kernel, entries)
             assert kernel.dependent_launches_so_far() == before
             assert self.apply(kernel, entries, in_device_memory=True) > 1
-            assert kernel.dependent_launches_so_far() == before + 1
+            assert kernel.dependent_launches_so_far() == before + dependent
             assert all((entry.param == 2).all() for _, entry in entries)
         finally:
-            kernel.texp_cuda_use_dependent_launch(False)
+            kernel.compile_for(80)
+            kernel.texp_cuda_load(0)
 
 
 @pytest.mark.parametrize("current", [0, 1, 2])
 @pytest.mark.parametrize("device", [0, 1])
 def test_launches_are_on_the_device_of_the_tensors(kernel, current, device):
     """And leave the device current that was."""
-    p, scale = torch.ones(3), tables.DeviceScale(1.0)
-    tensor, group = tensor_entry(Entry(p)), tables.GroupEntry(scale=ctypes.addressof(scale))
+    p, scale = torch.ones(3), layout.DeviceScale(1.0)
+    tensor, group = tensor_entry(p), layout.GroupEntry(scale=ctypes.addressof(scale))
     skip, sums = torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.float64)
-    step = tables.DeviceStep(skip=address(skip))
+    step = layout.DeviceStep(skip=address(skip))
     kernel.cudaSetDevice(current)
     try:
         for function, *arguments in (
-            (kernel.texp_cuda_apply, ctypes.byref(tensor), 1, row_array([Row()]), None, None),
+            (kernel.texp_cuda_apply, tensor, 1, rows_of([Row()]), None, None),
             (kernel.texp_cuda_advance, ctypes.byref(group), 1, None, 0, ctypes.byref(step)),
-            (kernel.texp_cuda_reduce, ctypes.byref(tensor), 1, sums.data_ptr(), sums.data_ptr() + 16),
+            (kernel.texp_cuda_reduce, tensor, 1, sums.data_ptr(), sums.data_ptr() + 16),
         ):
             assert function(device, None, *arguments) is None
             assert kernel.launched_on() == device
@@ -334,34 +300,34 @@ class Group:
 
     def row(self, step: theory.Step, kind: int, power: float, has_buffer: bool, new: bool, initialized: bool) -> Row:
         empty = has_buffer and (new or not initialized)
-        if kind == tables.STATISTIC:
+        if kind == layout.STATISTIC:
             return step.norm_stat(power)
-        if kind == tables.IDLE:
+        if kind == layout.IDLE:
             return step.idle._replace(a_p=0.0) if empty else step.idle
         return step.first if self.hyper.momentum != 0 and empty else step.running
 
     def is_initialized_after(self, kind: int, power: float, has_buffer: bool, new: bool, initialized: bool) -> bool:
-        return initialized or (kind == tables.STEP and has_buffer and self.hyper.momentum != 0)
+        return initialized or (kind == layout.STEP and has_buffer and self.hyper.momentum != 0)
 
 
 class TestAdvance:
     @staticmethod
     def advance(kernel, groups: list[Group], grad_scale: float | None = None, found_inf: float | None = None) -> int:
         """Compares all that is written with theory, bit for bit. Returns how many launches it took."""
-        scales = (tables.DeviceScale * len(groups))()
+        scales = (layout.DeviceScale * len(groups))()
         entries, requests, kept = [], [], []
         for scale, group in zip(scales, groups, strict=True):
             P, exponent, kappa = group.scale
             scale.P, scale.kappa, scale.exponent = P, kappa, exponent
             scale.momentum_initialized = group.momentum_initialized
-            entry = tables.GroupEntry(scale=ctypes.addressof(scale), begin=len(requests))
+            entry = layout.GroupEntry(scale=ctypes.addressof(scale), begin=len(requests))
             for i, (name, place) in enumerate(zip(group.hyper._fields, group.numbers_in, strict=False)):
                 value = getattr(group.hyper, name)
                 getattr(entry, "in")[i] = place
-                if place == tables.IN_HOST:
+                if place == layout.HOST:
                     getattr(entry, name).value = value
                 else:
-                    dtype = torch.float32 if place == tables.IN_FLOAT32 else torch.float64
+                    dtype = torch.float32 if place == layout.FLOAT32 else torch.float64
                     kept.append(torch.tensor(value, dtype=dtype))
                     getattr(entry, name).at = kept[-1].data_ptr()
                     group.hyper = group.hyper._replace(**{name: kept[-1].item()})
@@ -369,21 +335,21 @@ class TestAdvance:
                 setattr(entry, name, getattr(group.hyper, name))
             entry.without_buffers = group.without_buffers
             for kind, power, has_buffer, new, _ in group.tensors:
-                requests.append(tables.RowRequest(power, len(entries), len(requests), kind, has_buffer, new))
+                requests.append(layout.RowRequest(power, len(entries), len(requests), kind, has_buffer, new))
             entry.end = len(requests)
             entries.append(entry)
         initialized = torch.tensor([x[-1] for group in groups for x in group.tensors] + [True]).to(torch.uint8)
         rows = torch.full((len(requests) + 1, 10), POISON, dtype=torch.float64)
         skip = torch.tensor([-1], dtype=torch.int32)
         optional = [None if x is None else torch.tensor(x) for x in (grad_scale, found_inf)]
-        step = tables.DeviceStep(*map(address, (*optional, initialized, rows, skip)))
+        step = layout.DeviceStep(*map(address, (*optional, initialized, rows, skip)))
         before, scales_before, initialized_before = kernel.launches_so_far(), bytes(scales), initialized.clone()
         error = kernel.texp_cuda_advance(
             0,
             None,
-            array(tables.GroupEntry, entries),
+            b"".join(entries),
             len(entries),
-            array(tables.RowRequest, requests),
+            b"".join(requests),
             len(requests),
             ctypes.byref(step),
         )
@@ -500,15 +466,15 @@ class TestReduce:
         for value in (math.inf, -math.inf, math.nan):
             g = torch.ones(5000)
             g[4321] = value
-            (of_p, of_g), *_ = Launcher(kernel).reduce("cpu", array(tables.TensorEntry, [tensor_entry(Entry(g, g))]))
+            (of_p, of_g), *_ = Launcher(kernel).reduce("cpu", tensor_entry(g, g))
             assert not math.isfinite(of_p)
             assert not math.isfinite(of_g)
 
     def check(self, kernel, entries: list[Entry], launches: int) -> None:
         """Against exact sums; and a tensor's bits do not depend on what else is in the launch."""
         launcher, before = Launcher(kernel), kernel.launches_so_far()
-        tensors = [tensor_entry(entry) for entry in entries]
-        sums = launcher.reduce("cpu", array(tables.TensorEntry, tensors))
+        tensors = [tensor_entry(*entry) for entry in entries]
+        sums = launcher.reduce("cpu", b"".join(tensors))
         assert kernel.launches_so_far() - before == launches
         for (p, g, _), actual in zip(entries, sums.tolist(), strict=True):
             for x, of_x in zip((p, g), actual, strict=True):
@@ -516,7 +482,7 @@ class TestReduce:
                 # Each square passes at most 33 sums in its thread and 30 in its block, and 31 more over tiles.
                 assert abs(of_x - exact) <= 100 * 2**-53 * exact
         for i in {0, len(tensors) // 2, len(tensors) - 1} if tensors else ():
-            alone = launcher.reduce("cpu", array(tables.TensorEntry, tensors[i : i + 1]))
+            alone = launcher.reduce("cpu", b"".join(tensors[i : i + 1]))
             assert same_bits(alone[0], sums[i])
 
 
@@ -529,7 +495,7 @@ class OnDevice:
     scales: ctypes.Array = field(init=False)
 
     def __post_init__(self):
-        self.scales = (tables.DeviceScale * len(self.groups))(*(tables.DeviceScale(1.0) for _ in self.groups))
+        self.scales = (layout.DeviceScale * len(self.groups))(*(layout.DeviceScale(1.0) for _ in self.groups))
         slots = sum(len(group["params"]) for group in self.groups)
         self.momentum_initialized = torch.zeros(slots, dtype=torch.uint8)
         self.buffered = set()  # slots for which the host has made a buffer
@@ -538,31 +504,31 @@ class OnDevice:
         tensors, groups, requests, slot, made = [], [], [], 0, set()
         for index, (group, gs) in enumerate(zip(self.groups, grads, strict=True)):
             hyper = group["hyper"]
-            numbers = [tables.Number(value) for value in hyper[:4]]
+            numbers = [layout.Number(value) for value in hyper[:4]]
             slots = range(slot, slot + len(group["params"]))
             begin = len(requests)
             for p, b, g in zip(group["params"], group["bufs"], gs, strict=True):
                 new = slot not in self.buffered and g is not None and hyper.momentum != 0
                 has_buffer = new or slot in self.buffered
-                tensors.append(tensor_entry(Entry(p, g, b if has_buffer else None), len(tensors)))
-                kind = tables.IDLE if g is None else tables.STEP
-                requests.append(tables.RowRequest(0.0, index, slot, kind, has_buffer, new))
+                tensors.append(tensor_entry(p, g, b if has_buffer else None, len(tensors)))
+                kind = layout.IDLE if g is None else layout.STEP
+                requests.append(layout.RowRequest(0.0, index, slot, kind, has_buffer, new))
                 if has_buffer:
                     made.add(slot)
                 slot += 1
             for stat, power in group["stats"]:
-                tensors.append(tensor_entry(Entry(stat), len(tensors)))
-                requests.append(tables.RowRequest(power, index, 0, tables.STATISTIC))
+                tensors.append(tensor_entry(stat, row=len(tensors)))
+                requests.append(layout.RowRequest(power, index, 0, layout.STATISTIC))
             flags = (hyper.nesterov, hyper.maximize, hyper.scale_invariant, self.buffered.isdisjoint(slots))
             where = (ctypes.addressof(self.scales[index]), begin, len(requests), (ctypes.c_uint8 * 4)())
-            groups.append(tables.GroupEntry(*numbers, *where, *flags))
+            groups.append(layout.GroupEntry(*numbers, *where, *flags))
         before = self.kernel.launches_so_far()
         state = SimpleNamespace(momentum_initialized=self.momentum_initialized)
         Launcher(self.kernel).step_on_device(
             0,
-            array(tables.TensorEntry, tensors),
-            array(tables.GroupEntry, groups),
-            array(tables.RowRequest, requests),
+            b"".join(tensors),
+            b"".join(groups),
+            b"".join(requests),
             state,
             torch.tensor(grad_scale),
             torch.tensor(float(found_inf)),

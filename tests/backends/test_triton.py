@@ -1,7 +1,6 @@
 """The Triton backend where Triton's interpreter takes its steps: its kernels, launches and uploads."""
 
 import math
-import struct
 import subprocess
 import sys
 from itertools import product
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import texp
-from tests.backends.tables import DTYPES, launch, rows_of, tensor_entry
+from tests.backends.tables import DTYPES, launch, layout, rows_of, tensor_entry
 from tests.backends.test_core import ROWS, SIZES, applied, poisoned
 from tests.conftest import INTERPRETED, relative_error, same_bits
 from tests.states import assert_unchanged, snapshot
@@ -29,22 +28,12 @@ REASON = backends.available()["triton"]
 if REASON == backends.OK and not INTERPRETED:
     REASON = "Triton's interpreter is not asked for: TRITON_INTERPRET=1"
 interpreter = pytest.mark.skipif(REASON != backends.OK, reason=REASON)
-core = backends.core()
 
 
 def apply(entries: list[Entry], rows: list[int], table: list[Row]) -> None:
     """Applies to each entry the row of that index."""
     tensors = b"".join(tensor_entry(*entry, row) for entry, row in zip(entries, rows, strict=True))
     launch().Launcher().apply("cpu", 1, tensors, rows_of(table))
-
-
-@pytest.mark.skipif(not hasattr(core, "layout"), reason="the C++ core does not say how its tables are laid out")
-def test_the_tables_are_laid_out_as_in_the_core():
-    from texp.kernels import layout
-
-    for name, fields in core.layout().items():
-        fields.pop("unused", None)
-        assert layout.offsets(getattr(layout, name)) == fields, name
 
 
 @interpreter
@@ -120,12 +109,12 @@ class Advanced:
     lr: in device memory, in place of that of hyper.
     """
 
-    STEP, IDLE, STATISTIC = range(3)
     # What a tensor is and has: kind, has_buffer, newly_allocated.
     TENSORS = {
-        "running": (STEP, True, False), "starting": (STEP, True, True), "without buffer": (STEP, False, False),
-        "idle": (IDLE, True, False), "idle before its first step": (IDLE, True, False),
-        "idle, without buffer": (IDLE, False, False), "late": (STEP, True, False),
+        "running": (layout.STEP, True, False), "starting": (layout.STEP, True, True),
+        "without buffer": (layout.STEP, False, False), "idle": (layout.IDLE, True, False),
+        "idle before its first step": (layout.IDLE, True, False), "idle, without buffer": (layout.IDLE, False, False),
+        "late": (layout.STEP, True, False),
     }  # fmt: skip
     INITIALIZED = [1, 0, 0, 1, 0, 0, 0]
     POWERS = (1.0, 2.0, 0.5, -3.0, 0.0)
@@ -137,17 +126,14 @@ class Advanced:
         self.scales.view(torch.int64)[0, 2:] = torch.tensor([scale.exponent, initialized])
         self.momentum_initialized = torch.tensor(self.INITIALIZED, dtype=torch.uint8)
         self.p = torch.ones(len(self.TENSORS) + len(self.POWERS), dtype=torch.float64)
-        requests = [
-            struct.pack("=dii3B5x", 0.0, 0, slot, *request) for slot, request in enumerate(self.TENSORS.values())
-        ] + [struct.pack("=dii3B5x", power, 0, -1, self.STATISTIC, 0, 0) for power in self.POWERS]
-        of_lr = struct.pack("=d", hyper.lr) if lr is None else struct.pack("=Q", lr.data_ptr())
-        where = {None: 0, torch.float32: 1, torch.float64: 2}[lr if lr is None else lr.dtype]
-        numbers = (hyper.momentum, hyper.dampening, hyper.weight_decay)
-        flags = (hyper.nesterov, hyper.maximize, hyper.scale_invariant, without_buffers)
-        group = (*numbers, self.scales.data_ptr(), 0, len(requests), where, 0, 0, 0, *flags)
-        self.tables = (
-            b"".join(tensor_entry(x) for x in self.p), of_lr + struct.pack("=3dQii4B4?", *group), b"".join(requests)
-        )  # fmt: skip
+        requests = [layout.RowRequest(0, 0, slot, *request) for slot, request in enumerate(self.TENSORS.values())]
+        requests += [layout.RowRequest(power, 0, -1, layout.STATISTIC) for power in self.POWERS]
+        where = self.scales.data_ptr(), 0, len(requests), (0, 0, 0, 0)
+        group = layout.GroupEntry(*map(layout.Number, hyper[:4]), *where, *hyper[4:], without_buffers)
+        if lr is not None:
+            group.lr.at = lr.data_ptr()
+            getattr(group, "in")[0] = layout.FLOAT32 if lr.dtype == torch.float32 else layout.FLOAT64
+        self.tables = b"".join(tensor_entry(x) for x in self.p), bytes(group), b"".join(requests)
         self.given = (
             None if grad_scale is None else torch.tensor([grad_scale]),
             None if found_inf is None else torch.tensor([found_inf]),
@@ -387,10 +373,10 @@ class TestUploads:
         of.scales.view(torch.int64)[0, 2:] = 0
 
         def step(version: int, grad: torch.Tensor, capturing: bool) -> None:
-            request = struct.pack("=dii3B5x", 0.0, 0, 0, of.STEP, 0, 0)
-            group = bytearray(of.tables[1])
-            group[44:48] = struct.pack("=i", 1)
-            launcher.step_on_device(version, tensor_entry(p, grad), group, request, of, None, None, capturing)
+            request, group = layout.RowRequest(kind=layout.STEP), layout.GroupEntry.from_buffer_copy(of.tables[1])
+            group.end = 1
+            tables = tensor_entry(p, grad), bytes(group), bytes(request)
+            launcher.step_on_device(version, *tables, of, None, None, capturing)
 
         grads = [torch.full((3,), float(k), dtype=torch.float64) for k in (1, 10, 100)]
         why = "take one of the same tensors before each capture"
@@ -471,13 +457,13 @@ def test_what_no_kernel_can_take_is_refused():
     [
         ("1", "0", "there is no GPU that torch can use; with TRITON_INTERPRET=1"),
         ("1", "1", "ok"),
-        ("0", "1", "there is no C++ core: TEXP_NATIVE=0 in the environment turns it off"),
+        ("0", "1", "there is no C++ core: "),
     ],
 )
 def test_when_it_is_available(native, interpret, reason):
     if backends.triton.missing():
         pytest.skip(backends.triton.missing())
-    if native == "1" and core is None:
+    if native == "1" and backends.core() is None:
         pytest.skip("without the C++ core")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -487,7 +473,7 @@ def test_when_it_is_available(native, interpret, reason):
     assert done.stdout.startswith(reason)
 
 
-@pytest.mark.skipif(core is None, reason="without the C++ core")
+@pytest.mark.skipif(backends.core() is None, reason="without the C++ core")
 def test_without_triton(monkeypatch):
     backends.triton._kernels.cache_clear()
     try:

@@ -93,10 +93,11 @@ class Pair:
                 assert b.dtype == c.dtype
                 self.compare(b, c, of_b, stepped=p.dtype)
         for group, twin in zip(self.cpu.param_groups, self.gpu.param_groups, strict=True):
-            assert group["scale_exponent"] == twin["scale_exponent"]
-            for key in ("scale", "carried_decay"):
+            scale, other = groups.scale_of(group), groups.scale_of(twin)
+            assert scale.exponent == other.exponent
+            for x, y in ((scale.P, other.P), (scale.kappa, other.kappa)):
                 # Of less than 16 operations in float64.
-                assert math.isclose(group[key], twin[key], rel_tol=16 * torch.finfo(torch.float64).eps)
+                assert math.isclose(x, y, rel_tol=16 * torch.finfo(torch.float64).eps)
         self.follow()
 
     def follow(self) -> None:
@@ -106,7 +107,8 @@ class Pair:
                 if b is not None:
                     b.copy_(c)
         for group, twin in zip(self.cpu.param_groups, self.gpu.param_groups, strict=True):
-            groups.set_scale(group, groups.scale_of(twin))
+            if groups.is_exponential(twin):
+                groups.set_scale(group, groups.scale_of(twin))
 
     def compare(self, x: torch.Tensor, y: torch.Tensor, magnitude: torch.Tensor, stepped=None) -> None:
         dtype = torch.promote_types(stepped or x.dtype, torch.float32)  # of the arithmetic

@@ -73,8 +73,8 @@ def _kernels() -> tuple[ModuleType | None, str]:
     return kernels, OK
 
 
-def import_kernels() -> ModuleType:
-    """texp.kernels.launch, from the package, or in a checkout from the folder beside it."""
+def import_kernels(module: str = "launch") -> ModuleType:
+    """A module of texp.kernels, from the package, or in a checkout from the folder beside it."""
     here = Path(__file__).parent.parent
     checkout = Path(__file__).resolve().parent.parent.parent  # to whose package there may be a link
     if "texp.kernels" not in sys.modules:
@@ -86,4 +86,4 @@ def import_kernels() -> ModuleType:
         )
         sys.modules["texp.kernels"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["texp.kernels"])
-    return importlib.import_module("texp.kernels.launch")
+    return importlib.import_module(f"texp.kernels.{module}")

@@ -70,9 +70,14 @@ extern "C" inline __attribute__((used)) cudaError_t cudaSetDevice(int device) {
   device_now = device;
   return cudaSuccess;
 }
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline int compiled_for = 80;
+extern "C" inline __attribute__((used)) void compile_for(int version) { compiled_for = version; }
 template <class T>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, T*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, T*) {
+  attributes->ptxVersion = compiled_for;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceCount(int* count) {
