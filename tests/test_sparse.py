@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import texp
-import texp.step.groups
+import texp.step.checks
 from tests.conftest import relative_error, same_bits
 from tests.states import assert_unchanged, param, snapshot
 
@@ -95,8 +95,8 @@ class TestSparse:
     def test_a_row_that_would_make_a_table_dense_is_refused(self):
         hyper = texp.theory.Hyperparameters(0.1, scale_invariant=True)
         with pytest.raises(RuntimeError, match="no decay may be carried in the momentum"):
-            texp.step.groups.check_sparse(0, hyper, texp.theory.Row(a_p=0.1))
-        texp.step.groups.check_sparse(0, hyper, texp.theory.Row(a_g=1.0))
+            texp.step.checks.check_sparse(0, hyper, texp.theory.Row(a_p=0.1))
+        texp.step.checks.check_sparse(0, hyper, texp.theory.Row(a_g=1.0))
 
     def test_a_sparse_buffer_of_a_tensor_without_a_grad(self, general):
         """Its group begins to decay while it stands still: its momentum would become dense."""

@@ -17,18 +17,18 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """As torch.nn.utils.clip_grad_norm_ for all parameters of a texp.SGD, with the norm that their gradients would
-    have at the weights θ of torch.optim.SGD: the gradient at Pθ times P, in groups in exponential form.
+    """Like torch.nn.utils.clip_grad_norm_ for all parameters of a texp.SGD, but with the norm of the gradients at the
+    weights θ of torch.optim.SGD: in groups in exponential form, the gradient at Pθ times P.
 
     Args:
         optimizer: the texp.SGD, not its parameters; it may be wrapped.
-        max_norm: the largest norm that is to remain. At least 0.
-        norm_type, error_if_nonfinite, foreach: as torch has them.
+        max_norm: the maximum norm, at least 0.
+        norm_type, error_if_nonfinite, foreach: as in torch.
 
     Returns the norm over all gradients before clipping, a tensor of one element. Gradients are modified in place.
-    Under a GradScaler, unscale them first. Raises RuntimeError for a norm that is not finite if that was asked for,
-    ValueError for a max_norm that is negative or NaN, and TypeError where there is no texp.SGD; gradients are then as
-    they were.
+    Under a GradScaler, unscale them first. Raises RuntimeError for a norm that is not finite if error_if_nonfinite is
+    True, ValueError for a max_norm that is negative or NaN, and TypeError for another optimizer; gradients are then
+    unchanged.
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be at least 0, got {max_norm}")
@@ -41,7 +41,7 @@ def clip_grad_norm_(
     param_groups = folding.exposed(sgd) or sgd.param_groups
     params = [p for group in param_groups for p in group["params"]]
     scales = sgd.intrinsic_scales()
-    if norm_type == 0 or all(isinstance(P, float) and P == 1 for P in scales):  # 0 counts, whatever P is
+    if norm_type == 0 or all(isinstance(P, float) and P == 1 for P in scales):  # 0 counts elements
         return clip_grad_norm_of_params_(params, max_norm, norm_type, error_if_nonfinite, foreach)
     norms = []
     for group, P in zip(param_groups, scales, strict=True):

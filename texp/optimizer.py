@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from texp import backends, theory
 from texp.step import buffers, folding, gather, groups, norm_stats
@@ -23,7 +22,7 @@ from texp.step.folding import Folded
 from texp.step.norm_stats import NormStat, NormStats
 from texp.torch_internals import current_raw_stream, disable_dynamo, has_global_step_hooks
 
-# What belongs to the whole optimizer, beside its groups; pickled with it.
+# Options of the whole optimizer rather than of a group; pickled with it.
 _OPTIONS = {"_backend": None, "_step_supports_amp_scaling": False, "capturable": False, "momentum_dtype": None}
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -46,14 +45,14 @@ def unwrapped(method: Callable) -> Callable:
 class FusedOptimizer(torch.optim.Optimizer):
     """An optimizer whose step of all groups is one pass of a backend.
 
-    A subclass brings its hyperparameters: arguments, which become `defaults`, and what it refuses of them, in
-    :meth:`_check_hyperparameters`.
+    A subclass adds its arguments, which become `defaults`, and its checks of hyperparameters
+    (:meth:`_check_hyperparameters`).
 
     Args:
         params: as for any torch optimizer.
-        defaults: options of a group. Among them are lr, momentum, dampening, weight_decay and nesterov, from which
-            texp.theory makes the rows of a step; and maximize, foreach, differentiable and fused, which mean what
-            they mean to torch. Where `differentiable` may be True, the subclass has a :meth:`_differentiable_step`.
+        defaults: options of a group: lr, momentum, dampening, weight_decay and nesterov, from which texp.theory makes
+            the rows of a step; maximize, foreach, differentiable and fused, as torch has them; and others. A subclass
+            that allows `differentiable` has a :meth:`_differentiable_step`.
         backend, capturable, momentum_dtype: as texp.SGD has them.
     """
 
@@ -73,34 +72,34 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._backend = backend
         self.capturable = capturable
         self.momentum_dtype = momentum_dtype
-        # torch's name: whether a GradScaler leaves gradients scaled.
+        # Whether a GradScaler leaves gradients scaled; the name is torch's.
         self._step_supports_amp_scaling = bool(defaults["fused"])
         self._set_unfolded()
         self._find_kernels()
         super().__init__(params, defaults)
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
-        """Raises ValueError for a new group with hyperparameters that are refused."""
+        """Raises ValueError if a new group has invalid hyperparameters."""
         hyper = groups.hyperparameters(group).check()
         theory.check_non_negative(lr=hyper.lr)
 
     def _set_unfolded(self) -> None:
-        self._folded: Folded | None = None  # what the exponential form was, while θ is held
-        self._contexts = 0  # `with optimizer.folded()` that have not ended
+        self._folded: Folded | None = None  # the exponential form, while the parameters hold θ
+        self._contexts = 0  # nested `with optimizer.folded()` that are open
         self._evaluating = False  # between eval() and train()
-        self._fallback: Fallback | None = None  # of the step that is under way
-        self._given: list[tuple[dict[str, Any], folding.Given]] = []  # the parameters that each group was given
+        self._fallback: Fallback | None = None  # for the step in progress
+        self._given: list[tuple[dict[str, Any], folding.Given]] = []  # what each group was created with
         self._norm_stats = NormStats()
         this = weakref.ref(self)
         self._norm_stats.exposed = lambda: folding.exposed(this())
-        self._zero: Callable[[], Any] | None = None  # the ZeroRedundancyOptimizer around this, once it was looked for
+        self._zero: Callable[[], Any] | None = None  # the ZeroRedundancyOptimizer around this, once looked for
 
     def _find_kernels(self, more_params: Iterable[Tensor] = ()) -> None:
         params = [p for group in self.__dict__.get("param_groups", ()) for p in group["params"]]
         self._gpus = _gpus((*params, *more_params))
         self._use(backends.kernels(self._backend, self._gpus))
         self._device: DeviceScaleState | None = None  # P and κ, while they are there
-        # What graphs know by address; kept when a state dict is loaded.
+        # Captured graphs refer to these by address: they outlive the loading of a state dict.
         self._captured: list[tuple] = self.__dict__.get("_captured", [])
         self._skipped: bool | Tensor = False
 
@@ -115,15 +114,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last step() changed nothing because a GradScaler had found an inf or a NaN. On a CUDA device,
-        asking waits for it. Without fused=True a GradScaler does not call step() at all then, and this stays as it
-        was.
+        """Whether the last step() changed nothing because a GradScaler had found an inf or a NaN. Reading it waits
+        for the device. Without fused=True a GradScaler does not even call step() then, and this keeps its value.
         """
         return bool(self._skipped)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; see torch.optim.Optimizer.add_param_group. As in torch the dict itself becomes the group, but
-        a copy does where there are norm_stats, which stay in the dict that was given.
+        """Adds a group; see torch.optim.Optimizer.add_param_group. As in torch the dict itself becomes the group.
+        With norm_stats in it a copy does, and the given dict keeps them.
 
         Raises ValueError for hyperparameters that the constructor would refuse; the optimizer is then unchanged.
         """
@@ -163,28 +161,28 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Returns what the closure returned, or None.
         """
-        return self._untraced_step(args, kwargs) if is_compiling() else self._hooked_step(args, kwargs)
+        return (self._untraced_step if torch.compiler.is_compiling() else self._hooked_step)(args, kwargs)
 
     step.hooked = True  # tells torch that step() itself sees to the hooks, which see how it was called
 
     def _hooked_step(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         try:
-            # What torch wraps around a step, hooks and a record for the profiler, costs as much as a step of a small
-            # model: it is left out where nobody looks.
+            # torch's wrapper, for hooks and the profiler, takes as long as the step of a small model: it is skipped
+            # when nobody is observing.
             return (self._observed_step if self._is_observed() else self._step)(*args, **kwargs)
         except BaseException:
             self._fallback = None
-            # A GradScaler would take them away after the step; left here they would go into the next one.
+            # A GradScaler removes these after the step; left here they would affect the next one.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
             raise
 
-    # There is nothing in a step for torch.compile to fuse: it is one pass already, or plain torch.
+    # torch.compile has nothing to gain here: a step is a single pass already.
     _untraced_step = disable_dynamo(_hooked_step)
 
     def _is_observed(self) -> bool:
         if type(self).step is not FusedOptimizer.step:
-            return False  # torch has wrapped the step of a subclass, which called this one
+            return False  # a subclass overrides step(): torch has wrapped that
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or has_global_step_hooks()
         return bool(hooks) or self._observed is None or self._observed()
 
@@ -244,19 +242,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         return capturing
 
     def _step_in_plain_torch(self, grad_scale: float) -> None:
-        """Where there is no core, or a graph would hold for ever what the host computes: of ordinary groups that is
-        torch's own step."""
+        """Without a core, or while a graph is captured that would replay what the host has computed: for ordinary
+        groups that is what torch's own step does.
+        """
         stats = self._norm_stats.found(self.param_groups)
         gather.step(self.param_groups, stats, self.state, grad_scale, self.momentum_dtype)
         self._find_kernels_if_moved(p for group in self.param_groups for p in group["params"])
 
     def _check_fallback(self, left: list[tuple]) -> None:
-        """What the core cannot take is left to plain torch: the step of that is planned, and refused if need be."""
+        """Called by the core with the tensors that it leaves to plain torch; raises where these cannot be stepped."""
         self._fallback = Fallback(self._backend, self.param_groups, self.state, self.momentum_dtype)
         self._fallback.check(left)
 
     def _find_kernels_if_moved(self, params: Iterable[Tensor]) -> None:
-        """For the next step, where parameters have come to a GPU since the last look."""
+        """Chooses kernels again if parameters have moved to another GPU."""
         if self._backend is None and not _gpus(params) <= self._gpus:
             self._find_kernels()
 
@@ -319,7 +318,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return None
 
     def _read_back(self) -> None:
-        """Brings what the host knows of P and κ up to date, if they are on the device."""
+        """Updates P and κ on the host if they are on a device."""
         if self._device is not None:
             self._device.read_back(self.state)
 
@@ -370,15 +369,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @unwrapped
     def eval(self) -> None:
-        """As entering :meth:`folded`, until :meth:`train`: the weights are θ, for evaluation and export. Several
-        frameworks call both where an optimizer has them.
+        """Like entering :meth:`folded`, until :meth:`train`: the weights are θ, for evaluation and export. Some
+        frameworks call these methods if an optimizer has them.
         """
         self._enter_folded()
         self._evaluating = True
 
     @unwrapped
     def train(self) -> None:
-        """Ends what :meth:`eval` has begun; nothing otherwise."""
+        """Undoes :meth:`eval`; without it, does nothing."""
         self._evaluating = False
         self._leave_folded()
 
@@ -395,14 +394,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._folded = None
 
     def _forget_folded(self) -> None:
-        """What folded() or eval() would give back is not to come back: the optimizer has gone on from θ."""
+        """Nothing is to be restored any more: training has gone on from θ."""
         self._folded = None
         self._evaluating = False
 
     @property
     def norm_stats(self) -> list[list[NormStat]]:
-        """For each group its statistics, a list of texp.NormStat: `find()` gives the tensor, `power` the power of P.
-        Others are given as ``group["norm_stats"]``.
+        """The statistics of each group, as lists of texp.NormStat: `find()` returns the tensor, `power` is the power
+        of P. To replace them, set ``group["norm_stats"]``.
         """
         return [self._norm_stats.of(group) for group in self.param_groups]
 
@@ -411,8 +410,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @unwrapped
     def intrinsic_scales(self) -> list[float | Tensor]:
-        """P of each group, by which a gradient is to be multiplied to be that at θ; 1.0 for an ordinary group. Where
-        P is on a device it is a float64 tensor there, and nothing waits.
+        """P of each group; a gradient times P is the gradient at θ. 1.0 for an ordinary group. While P is on a
+        device, it is returned as float64 tensors there, without waiting.
         """
         if self._device is not None and self._device.is_of(self.param_groups):
             return list(self._device.scales[:, 0].clone())
@@ -420,28 +419,29 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @unwrapped
     def state_dict(self) -> dict[str, Any]:
-        """As any torch optimizer's, with P and κ among the options of groups in exponential form; norm_stats belong
-        to the model and are not in it. torch.optim.SGD can load it after :meth:`fold`, or inside :meth:`folded`.
+        """Like that of any torch optimizer, with P and κ among the options of groups in exponential form. norm_stats
+        belong to the model and are not part of it. After :meth:`fold`, or inside :meth:`folded`, torch.optim.SGD can
+        load it.
         """
         self._read_back()
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            group.pop("norm_stats", None)  # given since the last step
+            group.pop("norm_stats", None)  # set since the last step
         return state_dict
 
     @unwrapped
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a texp.SGD or of a torch.optim.SGD, at any step of a run.
 
-        As in torch, the groups' options are replaced by those that were saved, here `scale_invariant` and the
-        scale among them. Momentum buffers are copied, into `momentum_dtype` or else in the dtype in which they were
-        saved, where the parameter's is not wider. Options of an ordinary group, as torch.optim.SGD saves them, leave
-        `scale_invariant` as it is and start at P = 1, κ = 0. norm_stats are not part of it.
+        As in torch, the saved options replace those of the groups, `scale_invariant` and the scale included. Momentum
+        buffers are copied, and converted to `momentum_dtype` or else to the wider of the saved dtype and the
+        parameter's. Options without a scale, as torch.optim.SGD saves them, leave `scale_invariant` as it is and
+        start at P = 1, κ = 0. norm_stats are kept.
 
         Raises ValueError where groups, shapes or scales do not fit; the optimizer is then unchanged.
         """
         self._leave_device()
-        # Registered last, it sees what other hooks made of the state dict.
+        # Registered last, it runs after all other hooks.
         hook = self.register_load_state_dict_pre_hook(groups.prepare_loading)
         try:
             super().load_state_dict(state_dict)
@@ -457,7 +457,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Called when unpickled, and by torch's load_state_dict."""
         if "_folded" not in self.__dict__:
             self._set_unfolded()
-        # What belongs to a group goes over to that which takes its place.
+        # What belongs to a group passes to the one that replaces it.
         before = self.__dict__.get("param_groups", ())
         self._norm_stats.take(before)
         stats = state.get("norm_stats", [self._norm_stats.of(group) for group in before])
@@ -482,10 +482,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 
 def _tensors(params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor]:
-    """Of a group's parameters, which may be named."""
+    """The parameters of a group, without their names."""
     return [p[1] if isinstance(p, tuple) else p for p in ([params] if isinstance(params, Tensor) else params)]
 
 
 def _gpus(params: Iterable[Tensor]) -> frozenset[torch.device]:
-    """Where those parameters are that torch calls CUDA's."""
+    """The CUDA devices (with ROCm, AMD's) that these parameters are on."""
     return frozenset(p.device for p in params if isinstance(p, Tensor) and p.is_cuda)

@@ -1,4 +1,4 @@
-"""texp.SGD: its arguments, and what they mean."""
+"""texp.SGD: its arguments and what they mean."""
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class SGD(FusedOptimizer):
     other, by the reference backend.
     """
 
-    # torch.compile leaves a constructor whole: where it stopped within one, attributes would be lost.
+    # A graph break inside a constructor would lose attributes, so torch.compile leaves it alone.
     @disable_dynamo
     def __init__(
         self,
@@ -98,7 +98,7 @@ class SGD(FusedOptimizer):
         capturable: bool = False,
         momentum_dtype: torch.dtype | None = None,
     ) -> None:
-        # The errors of torch.optim.SGD, in its order and words; NaN and infinity, which it lets pass, are refused.
+        # The errors of torch.optim.SGD, in its order and words; NaN and infinity, which it accepts, are refused.
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         for what, value in (

@@ -41,10 +41,6 @@ except ImportError:
             )
 
 
-is_zero_tensor: Callable[[Tensor], bool] = getattr(torch, "_is_zerotensor", lambda x: False)
-"""Whether a tensor is one of zeros without memory, as forward-mode autograd makes them."""
-
-
 def _foreach(name: str) -> Callable:
     """torch._foreach_`name`, or one operation after the other."""
 
@@ -56,14 +52,6 @@ def _foreach(name: str) -> Callable:
 
 
 foreach_add, foreach_add_, foreach_mul, foreach_copy_ = map(_foreach, ("add", "add_", "mul", "copy_"))
-
-
-_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-
-
-def is_watched() -> bool:
-    """Whether a TorchDispatchMode is to see what happens to tensors; where torch does not tell, one may be."""
-    return _dispatch_modes() > 0
 
 
 def extensions_folder() -> str:

@@ -1,4 +1,4 @@
-"""Which backend takes a step, and why the others do not.
+"""The registry of backends: which ones can be used here, and which one takes a step.
 
 By default tensors on the CPU are stepped by the C++ core, and tensors on a GPU by the CUDA kernel or, where that
 cannot be used, by Triton. What none of them can take is stepped by texp.backends.reference, in plain torch.

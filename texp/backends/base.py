@@ -1,4 +1,4 @@
-"""What a backend is: a way to take steps on some devices, which may not be available here."""
+"""What a backend is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -29,12 +29,12 @@ class Kernels(NamedTuple):
 
 
 class Backend(ABC):
-    """One way to take steps. texp.backends.reference defines what a step and its sums are; the others do the same in
-    as few launches as they can. Each is registered in texp.backends.
+    """A way to take steps on some devices. texp.backends.reference defines what applying rows and summing squares
+    mean; other backends do the same in fewer launches. A backend is registered in texp.backends.
 
     Attributes:
-        name: as texp.SGD's argument `backend` has it.
-        advances: whether it advances P, κ and the rows where the tensors are. Otherwise the host does.
+        name: for the argument `backend` of texp.SGD.
+        advances: whether it can advance P, κ and the rows on the device of the tensors, and not only the host.
     """
 
     name: str
@@ -42,18 +42,18 @@ class Backend(ABC):
 
     @abstractmethod
     def device_types(self) -> tuple[str, ...]:
-        """Of the tensors that it steps here, as in ("cpu", "cuda")."""
+        """The devices whose tensors it steps here, such as ("cpu", "cuda")."""
 
     @abstractmethod
     def reason(self) -> str:
-        """Why it cannot be used here, or OK. Builds nothing."""
+        """OK, or why it cannot be used here. Builds nothing."""
 
     def supports(self, device: torch.device) -> bool:
-        """Whether it can be used on this very device, where it can be used at all."""
+        """Whether this device is one that it can use."""
         return True
 
     def is_default(self) -> bool:
-        """Whether it may be taken where no backend is named."""
+        """Whether it may be chosen if no backend is named."""
         return True
 
     def kernel(self) -> Any:
@@ -64,7 +64,7 @@ class Backend(ABC):
 
     @abstractmethod
     def reduce(self, entries: Iterable) -> Tensor:
-        """Sums of squares, as texp.backends.reference.reduce defines them."""
+        """Sums of squares, as defined by texp.backends.reference.reduce."""
 
 
 def reason_of_core() -> str:

@@ -12,7 +12,7 @@ from texp.backends.reference import Entry
 from texp.torch_internals import current_raw_stream
 
 
-# Only when the reason is asked for: it loads the driver, after which a forked process can use no GPU.
+# Called on demand: it loads the driver, and then processes that are forked cannot use a GPU.
 @functools.cache
 def devices() -> tuple[int, str | None]:
     """How many there are, and what CUDA says where it finds none."""

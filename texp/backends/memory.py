@@ -1,4 +1,4 @@
-"""Which tensors lie in the memory of others."""
+"""Which tensors share memory."""
 
 from collections.abc import Iterable
 
@@ -9,8 +9,8 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def that_share_memory(tensors: Iterable[Tensor]) -> set[int]:
-    """Ids of tensors whose memory from the first to the last element is not theirs alone, as that of one that is
-    given twice. Of a subclass or a sparse tensor nothing else is noticed.
+    """Ids of tensors whose memory, from the first to the last element, overlaps with that of another in the list; a
+    tensor that is listed twice counts. Subclasses and sparse tensors are compared by identity alone.
     """
     shared: set[int] = set()
     end, furthest = 0, 0
@@ -23,10 +23,10 @@ def that_share_memory(tensors: Iterable[Tensor]) -> set[int]:
 
 
 def _span(x: Tensor) -> tuple[int, int, int]:
-    """Where its memory begins and ends, and its id. That of what has no address is the object itself."""
+    """Where its memory begins and ends, and its id. Tensors without an address stand for themselves."""
     if type(x) not in PLAIN or x.layout != torch.strided:
         return id(x), id(x) + 1, id(x)
-    begin = x.data_ptr()  # 0 where there are no elements
+    begin = x.data_ptr()  # 0 if there are no elements
     if x.is_contiguous():
         return begin, begin + x.nbytes, id(x)
     steps = ((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

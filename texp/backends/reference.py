@@ -1,5 +1,5 @@
-"""A row applied in plain torch: any device, any dtype. This is the definition that the other backends are
-tested against, so it is written to read like the four equations of `texp.theory.Row`.
+"""Rows and sums of squares in plain torch: any device, any dtype. This is the definition that other backends are
+tested against, so it is written to read like the four equations of texp.theory.Row.
 """
 
 import functools
@@ -14,11 +14,11 @@ from texp.backends.memory import PLAIN, that_share_memory
 from texp.theory import Row
 from texp.torch_internals import foreach_add, foreach_add_, foreach_copy_, foreach_mul
 
-# Elements that are worked on at a time: a share of all, so that temporaries are one too, but never fewer than it
-# takes for the arithmetic to cost more than starting it does.
+# Elements that are processed at a time: a share of all, which bounds the temporaries, but at least so many that the
+# arithmetic takes longer than the calls.
 SHARE, AT_LEAST = 1 / 32, 2**16
 
-# Elements that are added at a time: so few that torch adds them in one thread.
+# Elements that are summed at a time: so few that torch does it in one thread.
 SUMMED = 2**14
 
 
@@ -26,12 +26,12 @@ class Entry(NamedTuple):
     """One tensor in a step. `param` and `buf` are modified in place, `grad` is read only."""
 
     param: Tensor
-    grad: Tensor | None = None  # None: taken as 0
-    buf: Tensor | None = None  # None: taken as 0 and not written
+    grad: Tensor | None = None  # None: 0
+    buf: Tensor | None = None  # None: 0, and not written
 
 
 def written(entries: Iterable[Entry]) -> list[Tensor]:
-    """What a step of the entries modifies."""
+    """The tensors that a step modifies."""
     return [x for entry in entries for x in (entry.param, entry.buf) if x is not None]
 
 
@@ -44,10 +44,9 @@ def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None, sh
     of a param that have no gradient are not touched, unless s_p ≠ 1. Sparse bufs are coalesced.
 
     Args:
-        foreach: batch the tensors of each device and dtype, which saves kernel launches. None: where all are plain
-            tensors on an accelerator, as in torch.optim. Those that share memory are stepped one after the other
-            all the same.
-        shared: ids of the tensors that do, where the caller knows.
+        foreach: batch the tensors of each device and dtype, which saves kernel launches. None: if all are plain
+            tensors on an accelerator, as in torch.optim. Those that share memory are always stepped one by one.
+        shared: the ids of those, if the caller knows them.
     """
     entries = list(entries)
     most = max(AT_LEAST, int(SHARE * sum(entry.param.numel() for entry in entries)))
@@ -65,12 +64,13 @@ def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None, sh
 
 @torch.no_grad()
 def reduce(entries: Iterable[Entry]) -> Tensor:
-    """Sums over the elements of each tensor, of entries on one device: float64 of shape [n, 2] there, ‖p‖² and ‖g‖².
+    """‖p‖² and ‖g‖² of each entry: float64 of shape [n, 2], on the device of the entries.
 
-    Elements are squared and added in float64, in an order that depends on the shape and layout of a tensor alone: the
-    sums have the same bits in every run, whatever the number of threads. A missing gradient counts as 0, a sparse one
-    as the dense one that it stands for; of complex numbers the absolute values are squared. The sum of a DTensor is
-    that over all of its shards, which all processes that hold some must ask for together.
+    Elements are squared and added in float64, in an order that depends on the shape and strides of a tensor alone:
+    the sums have the same bits in every run, whatever the number of threads. A missing gradient counts as 0, a sparse
+    one as the dense tensor that it stands for; for complex numbers, absolute values are squared. For a DTensor the
+    sum is
+    over all shards, which takes a collective: all of its processes must call this.
     """
     sums = [
         torch.zeros((), dtype=torch.float64, device=entry.param.device) if x is None else _sum_of_squares(x)
@@ -94,18 +94,18 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 
 
 def _is_lazy(x: Tensor) -> bool:
-    """Whether it is a view that is conjugated or negated when read, which foreach operations cannot write to."""
+    """Whether it is conjugated or negated when read; foreach operations cannot write to such views."""
     return x.is_conj() or x.is_neg()
 
 
 def _kind(entry: Entry) -> tuple:
-    """What a batch has in common: device, dtypes, dense or sparse, which of grad and buf are there."""
+    """What the entries of a batch have in common: device, dtypes, layouts, whether there are grad and buf."""
     return tuple([None if x is None else (type(x), x.device, x.dtype, x.layout, _is_lazy(x)) for x in entry])
 
 
 def in_batches(work: Iterable[tuple[Hashable, Entry]], shared: set[int]) -> list[tuple[Hashable, list[Entry]]]:
-    """Entries with the same key together, but those that share memory each by itself, and in the order in which they
-    are given: all of a batch is read before any of it is written.
+    """Entries grouped by key. Those that share memory are batches of their own, in the given order, because all of a
+    batch is read before any of it is written.
     """
     batches: dict[tuple, list[Entry]] = {}
     for key, entry in work:
@@ -115,7 +115,7 @@ def in_batches(work: Iterable[tuple[Hashable, Entry]], shared: set[int]) -> list
 
 
 def _parts(batch: list[Entry], most: int) -> Iterator[list[Entry]]:
-    """The batch in smaller ones of at most so many elements, large tensors in pieces."""
+    """Splits a batch into parts of at most `most` elements, and large tensors into pieces."""
     part, size = [], 0
     for entry in batch:
         for piece in _pieces(entry, most):
@@ -129,8 +129,8 @@ def _parts(batch: list[Entry], most: int) -> Iterator[list[Entry]]:
 
 
 def _pieces(entry: Entry, most: int) -> Iterable[Entry]:
-    """Views of it of at most so many elements. Only plain tensors are taken apart, and none where what is read of one
-    piece may be written with another.
+    """Views of at most `most` elements each. Subclasses, sparse tensors, and tensors of which one piece might read
+    what another writes, stay whole.
     """
     if entry.param.numel() <= most:
         return [entry]
@@ -144,7 +144,7 @@ def _split(entry: Entry, most: int) -> Iterator[Entry]:
     if p.numel() <= most:
         yield entry
         return
-    # Between the slices that lie furthest apart: pieces of what has no gaps have none.
+    # Along the dimension with the largest stride: pieces of a tensor without gaps have none.
     dim = max((dim for dim, size in enumerate(p.shape) if size > 1), key=p.stride)
     slices = max(1, most * p.shape[dim] // p.numel())
     for begin in range(0, p.shape[dim], slices):
@@ -153,7 +153,7 @@ def _split(entry: Entry, most: int) -> Iterator[Entry]:
 
 
 def arithmetic(entry: Entry) -> torch.dtype:
-    """The dtype in which a row is applied: float32, or a wider one that holds all three."""
+    """The dtype in which a row is applied: float32, or a wider one if one of the three tensors is."""
     return functools.reduce(torch.promote_types, (x.dtype for x in entry if x is not None), torch.float32)
 
 
@@ -162,7 +162,7 @@ def _apply(row: Row, batch: list[Entry]) -> None:
     dtype = arithmetic(batch[0])
     p, g, b = (_term(xs, dtype) for xs in (params, grads, bufs))
 
-    # The innermost sums come first, as in torch.optim.SGD: grad + λp, and only then the buffer.
+    # In the order of torch.optim.SGD: first grad + λp, then the buffer.
     u = _sum(row.a_b, b, 1.0, _sum(row.a_g, g, row.a_p, p))
     d = _sum(1.0, _sum(row.c_g, g, row.c_p, p), row.c_u, u)
     b_next = _sum(row.r_u, u, row.r_d, d)
@@ -170,7 +170,7 @@ def _apply(row: Row, batch: list[Entry]) -> None:
         # p changes before b is written.
         b_next = _Term(1.0, foreach_mul(b_next.tensors, b_next.scalar))
     if row.s_p == 1:
-        # In place, so that a sparse d costs no more than its own rows.
+        # In place, so that a sparse d costs only its own rows.
         if d is not None:
             foreach_add_(p.tensors, d.tensors, alpha=-row.e * d.scalar)
         p_next = p
@@ -182,7 +182,7 @@ def _apply(row: Row, batch: list[Entry]) -> None:
 
 
 class _Term(NamedTuple):
-    """A scalar times each of some tensors, not multiplied yet. In its place, None is 0."""
+    """A scalar times tensors, not multiplied out yet. None in place of a term is 0."""
 
     scalar: float
     tensors: list[Tensor]
@@ -200,7 +200,7 @@ def _sum(x: float, a: _Term | None, y: float, b: _Term | None) -> _Term | None:
     a, b = (None if term is None or s == 0 else term._replace(scalar=s * term.scalar) for s, term in ((x, a), (y, b)))
     if a is None or b is None:
         return a or b
-    if a.scalar == 1 or type(a.tensors[0]) not in PLAIN:  # a sum of DTensors need not be laid out as the first is
+    if a.scalar == 1 or type(a.tensors[0]) not in PLAIN:  # a sum of DTensors may be placed otherwise than the first
         return _Term(1.0, foreach_add(_product(a), b.tensors, alpha=b.scalar))
     total = foreach_mul(a.tensors, a.scalar)
     foreach_add_(total, b.tensors, alpha=b.scalar)
@@ -220,7 +220,7 @@ def _write(destination: list[Tensor], term: _Term | None) -> None:
     if values[0] is destination[0]:
         return
     if destination[0].layout == torch.sparse_coo:
-        values = [x.coalesce() for x in values]  # else each step would add the rows of its gradient
+        values = [x.coalesce() for x in values]  # or it would grow by the rows of each gradient
     if type(destination[0]) in PLAIN and not _is_lazy(destination[0]):
         foreach_copy_(destination, values)
     else:

@@ -27,7 +27,7 @@ class Triton(Backend):
         return why if (why := reason_of_core()) != OK else _kernels()[1]
 
     def is_default(self) -> bool:
-        """Triton's interpreter is for tests."""
+        """Not Triton's interpreter, which is for tests."""
         return not _kernels()[0].INTERPRETED
 
     def kernel(self) -> Any:
@@ -52,13 +52,13 @@ def missing() -> str:
         return "Triton is not installed; pip install triton"
     try:
         version = importlib.import_module("triton").__version__
-    except (ImportError, AttributeError) as error:  # any folder of that name passes for a package without a version
+    except (ImportError, AttributeError) as error:  # any folder called triton passes for a package
         return f"Triton is installed but does not load: {error}"
     too_old = tuple(map(int, version.split(".")[:2])) < (3, 6)
     return f"Triton {version} is too old: its kernels need 3.6 or newer" if too_old else ""
 
 
-# Only when it is asked for: to import Triton takes longer than everything else here.
+# Imported on demand: importing Triton takes longer than everything else here.
 @functools.cache
 def _kernels() -> tuple[ModuleType | None, str]:
     """texp.kernels.launch, or None and the reason."""

@@ -1,1 +1,1 @@
-"""The host side of a step in Python: groups and their scales, what a step changes, and working on θ."""
+"""The host side of a step in Python: groups and their scales, gathering, device state, working on θ."""

@@ -1,4 +1,4 @@
-"""Momentum buffers: where they are, their dtypes, and new ones."""
+"""Momentum buffers: their dtypes, finding them, making new ones."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from texp.backends.reference import Entry
 
 
 def buffer_dtype(param: Tensor, other: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
-    """That of the momentum buffer of a parameter.
+    """The dtype of the momentum buffer of a parameter.
 
     Args:
-        other: its gradient, or a buffer that there is already.
-        momentum_dtype: what was asked for.
+        other: its gradient, or a buffer that exists already.
+        momentum_dtype: of the optimizer.
     """
     if momentum_dtype is None:
         return torch.promote_types(param.dtype, other.dtype)
@@ -21,15 +21,15 @@ def buffer_dtype(param: Tensor, other: Tensor, momentum_dtype: torch.dtype | Non
 
 
 def with_buf(entry: Entry, momentum_dtype: torch.dtype | None) -> Entry:
-    """With a momentum buffer of zeros, dense or sparse as the gradient is."""
+    """The entry with a momentum buffer of zeros, dense or sparse like the gradient."""
     dense = entry.grad.layout == torch.strided
     dtype = buffer_dtype(entry.param, entry.grad, momentum_dtype)
-    with torch.inference_mode(False):  # for later steps outside of it
+    with torch.inference_mode(False):  # later steps may be outside of it
         return entry._replace(buf=torch.zeros_like(entry.param if dense else entry.grad, dtype=dtype))
 
 
 def widened(entry: Entry, momentum_dtype: torch.dtype | None, new_bufs: list[tuple[Tensor, Tensor]]) -> Entry:
-    """With a wider momentum buffer where there is one narrower than it is to be, as after model.float()."""
+    """The entry with its momentum buffer converted if that is too narrow, as after model.float()."""
     dtype = torch.promote_types(entry.buf.dtype, buffer_dtype(entry.param, entry.param, momentum_dtype))
     if entry.buf.dtype == dtype or not (entry.buf.is_floating_point() or entry.buf.is_complex()):
         return entry

@@ -1,27 +1,28 @@
-"""What a step refuses, before anything is changed."""
+"""What a step refuses before it changes anything."""
 
 from typing import Any
 
 import torch
 
+from texp import theory
 from texp.backends import reference
 from texp.backends.reference import Entry
-from texp.step import groups
+from texp.step.groups import is_exponential
 from texp.theory import Hyperparameters, Row
 from texp.torch_internals import check_for_fused
 
 
 def refuse_capture(index: int, group: dict[str, Any]) -> None:
-    """Raises where a graph would replay one step of a schedule for ever."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing() and groups.is_exponential(group):
+    """Raises where a captured graph would replay one step of a schedule for ever."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing() and is_exponential(group):
         raise RuntimeError(
             f"parameter group {index} is scale_invariant: its step cannot be captured by the reference backend, "
             "which computes P on the host; backend='cuda' and 'triton' with capturable=True can"
         )
 
 
-def check_tensors(index: int, row: Row, entry: Entry) -> None:
-    """Raises where a tensor cannot be stepped, or a buffer that somebody put there does not fit."""
+def check_tensors(index: int, entry: Entry) -> None:
+    """Raises for a tensor that cannot be stepped, and for a momentum buffer, set by the user, that does not fit."""
     param, grad, buf = entry
     where = f"parameter group {index}: a parameter of shape {tuple(param.shape)}"
     if not (param.is_floating_point() or param.is_complex()):
@@ -50,6 +51,10 @@ def check_tensors(index: int, row: Row, entry: Entry) -> None:
                 f"parameter group {index}: {what} of shape {tuple(tensor.shape)} was made in inference mode and "
                 "cannot be written to outside of it; clone() it first"
             )
+
+
+def check_row(index: int, row: Row, entry: Entry) -> None:
+    """Raises for a row that the arithmetic of these tensors cannot hold."""
     dtype = reference.arithmetic(entry)
     limit = torch.finfo(dtype).max
     if not all(abs(x) <= limit for x in row):
@@ -59,14 +64,28 @@ def check_tensors(index: int, row: Row, entry: Entry) -> None:
         )
 
 
-def check_sparse(index: int, hyper: Hyperparameters, row: Row, entry: Entry) -> None:
-    if any(x is not None and x.layout != torch.strided for x in entry):
-        groups.check_sparse(index, hyper, row)
+def is_sparse(entry: Entry) -> bool:
+    return any(x is not None and x.layout != torch.strided for x in entry)
+
+
+def check_sparse(index: int, hyper: Hyperparameters, row: Row) -> None:
+    """Raises RuntimeError where `row` would make a sparse gradient or buffer dense."""
+    if hyper.weight_decay != 0 and not (hyper.scale_invariant and hyper.momentum == 0):
+        raise RuntimeError(
+            f"parameter group {index}: sparse gradients with weight_decay = {hyper.weight_decay} need a "
+            "scale_invariant group without momentum (torch.optim.SGD refuses them altogether); an ordinary decay "
+            "would have to touch every row of the parameter"
+        )
+    if row.a_p != 0 or row.c_p != 0:
+        raise RuntimeError(
+            f"parameter group {index}: with sparse gradients lr·weight_decay must be at most {1 - theory.ALPHA_MIN} "
+            f"and no decay may be carried in the momentum, got lr = {hyper.lr}, weight_decay = {hyper.weight_decay}"
+        )
 
 
 def check_fused(group: dict[str, Any], entry: Entry) -> None:
-    """Raises, in torch's words, where fused=True was asked for and torch's fused step takes no such tensor. DTensors,
-    which it refuses too, are taken here.
+    """With fused=True, raises for tensors that torch's fused step refuses, in its words. DTensors, which it refuses
+    as well, are allowed here.
     """
     if not group["fused"] or entry.grad is None:
         return

@@ -1,4 +1,4 @@
-"""P and κ of all groups in the memory of a GPU, for steps that the host does not follow: those that a GradScaler may
+"""P and κ of all groups in device memory, for steps whose outcome the host does not know: those that a GradScaler may
 skip, and replays of a captured graph. csrc/host/step.h takes such steps.
 """
 
@@ -13,42 +13,42 @@ from texp.theory import Scale
 
 
 class DeviceScaleState:
-    """The state of an optimizer's groups while it is on a device. A captured graph knows these tensors by address.
+    """The scales of all groups while they are on a device. Captured graphs refer to its tensors by address.
 
     Attributes:
-        groups, params: what it was made for; that they are still the same, the core compares at every step.
-        known: of each group whether it is scale-invariant, and its scale when it was last on the host.
-        scales: float64, one row a group: P, κ, and, as int64, the exponent and whether any tensor has taken its first
-            step with momentum.
-        momentum_initialized: uint8, one for each parameter of all groups: whether it has taken that step.
-        workspace: room for the rows of a step, made by the first.
+        groups, params: what it was made for; the core checks at every step that they are still the same.
+        known: for each group whether it is scale-invariant, and its scale when it was last on the host.
+        scales: float64, one row for each group: P, κ and, as int64, the exponent and whether any tensor has taken its
+            first step with momentum.
+        momentum_initialized: uint8, one for each parameter: whether it has taken that step.
+        workspace: for the rows of a step; allocated by the first step.
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], device: torch.device) -> None:
         self.groups = list(param_groups)
         self.params = [p for group in param_groups for p in group["params"]]
-        self._parked: dict[Tensor, Tensor] = {}  # buffers whose first step was skipped, while the host looks
+        self._parked: dict[Tensor, Tensor] = {}  # buffers whose first step was skipped, hidden from the host
         host_scales, host_initialized = self._from_host(state)
         self.scales = host_scales.to(device)
         self.momentum_initialized = host_initialized.to(device)
         self.workspace: Tensor | None = None
 
     def is_of(self, param_groups: list[dict[str, Any]]) -> bool:
-        """Whether these are still the groups, with the scales that they had."""
+        """Whether these are still the same groups with the same scales."""
         same = len(param_groups) == len(self.groups) and all(map(operator.is_, param_groups, self.groups))
         return same and list(map(_known, param_groups)) == self.known
 
     def read_back(self, state: dict[Tensor, Any]) -> None:
-        """Writes the scales into the groups, and takes buffers whose first step was skipped out of `state`, until
+        """Copies the scales into the groups, and removes buffers whose first step was skipped from `state` until
         :meth:`restore`. Waits for the device.
         """
         if self.scales.is_cuda:
-            torch.cuda.synchronize(self.scales.device)  # the step may have run on another stream
+            torch.cuda.synchronize(self.scales.device)  # steps may have run on other streams
         for row, group, (_, *known) in zip(self.scales.cpu(), self.groups, self.known, strict=True):
-            if groups.scale_of(group) == tuple(known):  # else somebody has set another one since
+            if groups.scale_of(group) == tuple(known):  # otherwise it has been set on the host since
                 P, kappa = row[:2].tolist()
                 scale = Scale(P, int(row.view(torch.int64)[2]), kappa)
-                if scale != tuple(known):  # an ordinary group has none
+                if scale != tuple(known):  # an ordinary group has no scale
                     groups.set_scale(group, scale)
                 if "started" in group:
                     group["started"] = bool(row.view(torch.int64)[3])
@@ -60,13 +60,13 @@ class DeviceScaleState:
                     del state[p]
 
     def restore(self, state: dict[Tensor, Any]) -> None:
-        """Gives back what :meth:`read_back` took, before the next step on the device."""
+        """Puts back what :meth:`read_back` removed, before the next step on the device."""
         for p, buf in self._parked.items():
             state[p].setdefault("momentum_buffer", buf)
         self._parked.clear()
 
     def write(self, state: dict[Tensor, Any]) -> None:
-        """Brings the device up to date with the groups, in place."""
+        """Copies the scales of the groups to the device, in place."""
         host_scales, host_initialized = self._from_host(state)
         self.scales.copy_(host_scales)
         self.momentum_initialized.copy_(host_initialized)

@@ -1,4 +1,4 @@
-"""What no kernel can take in a step: it is taken in plain torch."""
+"""The tensors of a step that no kernel can take: they are stepped in plain torch."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,12 +14,12 @@ from texp.theory import Row
 
 
 class Fallback:
-    """What the C++ core leaves to `texp.backends.reference` in a step: its `check` is called before anything is
-    changed, `do` after the core has done its part.
+    """What the C++ core leaves to texp.backends.reference. The core calls `check` before it changes anything; `do` is
+    called after it has done its part.
 
     Args:
-        named: the backend that was asked for by name, or None; a named one leaves no parameter to others.
-        momentum_dtype: that of the optimizer.
+        named: the backend that was requested by name, which leaves no parameter to others; or None.
+        momentum_dtype: of the optimizer.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Fallback:
         self.param_groups = param_groups
         self.state = state
         self.momentum_dtype = momentum_dtype
-        self.work: list[tuple[tuple[bool | None, Row], Entry]] = []  # with `foreach` and row
+        self.work: list[tuple[tuple[bool | None, Row], Entry]] = []  # `foreach` and row of each entry
         self.new_bufs: list[tuple[Tensor, Tensor]] = []
 
     def check(self, left: Iterable[tuple]) -> None:
@@ -41,13 +41,15 @@ class Fallback:
             group, row, entry = self.param_groups[index], Row(*row), Entry(param, grad, buf)
             checks.refuse_capture(index, group)
             checks.check_fused(group, entry)
-            checks.check_tensors(index, row, entry)
+            checks.check_tensors(index, entry)
+            checks.check_row(index, row, entry)
             if self.named is not None and why is not None:  # a tensor of norm_stats is left without a reason
                 raise RuntimeError(
                     f"backend={self.named!r} was requested, but of a parameter of shape {tuple(param.shape)} in "
                     f"parameter group {index}, {why}; backend=None leaves such parameters to plain torch"
                 )
-            checks.check_sparse(index, groups.hyperparameters(group), row, entry)
+            if checks.is_sparse(entry):
+                checks.check_sparse(index, groups.hyperparameters(group), row)
             if starts:
                 entry = buffers.with_buf(entry, self.momentum_dtype)
                 self.new_bufs.append((entry.param, entry.buf))

@@ -1,4 +1,4 @@
-"""Working on θ: a group in exponential form holds Pθ, and whatever reads or writes absolute sizes wants θ itself."""
+"""Working on θ: a group in exponential form holds Pθ, but code that reads or writes absolute sizes needs θ."""
 
 import gc
 import sys
@@ -17,31 +17,31 @@ from texp.step import buffers, checks, groups
 from texp.theory import Row, Scale
 from texp.torch_internals import foreach_copy_
 
-_BATCH = 1 << 24  # elements that are looked at together when the exponential form is restored
+_BATCH = 1 << 24  # elements that are restored together
 
 
 Given = list[tuple[int, torch.Size, torch.dtype]]
 
 
 class _Item(NamedTuple):
-    """What of a parameter, or which statistic, is in exponential form, and how it is turned into θ and back."""
+    """A tensor in exponential form, and the rows that turn it into θ and back."""
 
     index: int  # of the group
     find: Callable[[], Tensor | None]
-    what: str  # "weight", with its buffer, if there is one; "gradient" of the tensor; "alone", just the tensor
+    what: str  # "weight": with its buffer; "gradient": of the tensor; "alone": just the tensor
     fold: Row
     unfold: Row
 
 
 def fold(optimizer: Any) -> None:
-    """Turns all groups into θ and v, in place, and their gradients into those at θ."""
+    """Turns the weights and momentum of all groups into θ and v, and their gradients into those at θ, in place."""
     items, work = _work(optimizer, _items(optimizer), "fold")
     _apply(optimizer, work, lambda left: _check([items[i] for i in left], [work[i] for i in left]))
     _set_scales(optimizer, [(group, Scale()) for group in optimizer.param_groups])
 
 
 class Folded:
-    """Turns all groups into θ and v, and knows what they were."""
+    """Folds all groups and remembers what they were."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -51,11 +51,11 @@ class Folded:
         fold(optimizer)
 
     def restore(self) -> None:
-        """Gives the exponential form back: the very numbers wherever θ and v are what they were, otherwise those of
-        the present θ and v. Raises, and changes nothing, where it cannot.
+        """Restores the exponential form: its old bits wherever θ and v are unchanged, elsewhere that of the present θ
+        and v. Raises, and changes nothing, if it cannot.
         """
         items = [*self._items, *self._added()]
-        gradients = set()  # one may be of several parameters
+        gradients = set()  # parameters may share one
         _check(*_work(self._optimizer, items, "unfold"))
         for batch in _batches(items, self._saved + [None] * (len(items) - len(self._saved))):
             again = [_copy(saved) for _, saved in batch]
@@ -77,7 +77,7 @@ class Folded:
         _set_scales(self._optimizer, self._scales)
 
     def _added(self) -> list[_Item]:
-        """Of parameters that have come into these groups meanwhile."""
+        """Parameters that have been added to these groups meanwhile."""
         known = {id(item.find()) for item in self._items}
         return [
             item
@@ -103,7 +103,7 @@ def _put_back(now: Tensor | None, saved: Tensor | None, where: Tensor | None) ->
 
 
 def _items(optimizer: Any) -> list[_Item]:
-    """All that fold() changes; raises, before anything is changed, where that is not all that it would have to."""
+    """All that fold() changes; raises if there is more to be changed than it can reach."""
     found = optimizer._norm_stats.found(optimizer.param_groups)
     items = []
     for index, group in enumerate(optimizer.param_groups):
@@ -131,7 +131,7 @@ def _of_params(index: int, params: list[Tensor], scale: Scale) -> list[_Item]:
 
 
 def _work(optimizer: Any, items: list[_Item], way: str) -> tuple[list[_Item], list[tuple[Row, Entry]]]:
-    """What there is of the items, and their rows; one gradient of several parameters is there once."""
+    """The items that exist, and their rows; a gradient that parameters share is taken once."""
     there, work, gradients = [], [], set()
     for item in items:
         entry = _entry(optimizer, item)
@@ -145,10 +145,11 @@ def _work(optimizer: Any, items: list[_Item], way: str) -> tuple[list[_Item], li
 
 
 def _check(items: list[_Item], work: list[tuple[Row, Entry]]) -> None:
-    """Raises where a tensor cannot be written to."""
+    """Raises if a tensor cannot be written to."""
     for item, (row, entry) in zip(items, work, strict=True):
-        if not _is_surely_writable(entry):  # to be sure of all in the same way would cost more than to fold them
-            checks.check_tensors(item.index, row, entry)
+        if not _is_surely_writable(entry):  # the full check takes longer than folding
+            checks.check_tensors(item.index, entry)
+            checks.check_row(item.index, row, entry)
 
 
 def _is_surely_writable(entry: Entry) -> bool:
@@ -165,15 +166,15 @@ def _itself(x: Tensor) -> Tensor:
 
 
 def given(group: dict[str, Any]) -> Given:
-    """What a group was given, for fold() to see whether it still holds all of it. Neither held nor referred to: it
-    may be large, and torch.utils.swap_tensors refuses tensors that are referred to weakly.
+    """What identifies the parameters of a group, so that fold() can see whether it still holds all of them. Without
+    references: they may be large, and torch.utils.swap_tensors refuses tensors with weak references.
     """
     return [(id(p), p.shape, p.dtype) for p in group["params"]]
 
 
 def _refuse_copies(index: int, group: dict[str, Any], given: Given) -> None:
-    """Raises where the group no longer holds what it was given, nor something like it in its place, as the shards
-    that fully_shard makes: the model's own weights are then stepped by others, or by nobody.
+    """Raises if the group no longer holds the parameters that it was given, nor others of the same shapes in their
+    place, such as the shards of fully_shard: something else then steps the model's own weights, or nothing does.
     """
     held = {id(p) for p in group["params"]}
     now = [(p.shape, p.dtype) for p in group["params"]]
@@ -193,24 +194,24 @@ def _refuse_copies(index: int, group: dict[str, Any], given: Given) -> None:
 
 
 def _stepped_elsewhere(optimizer: Any, index: int) -> list[Tensor]:
-    """Parameters of the group that are in this process's model, but stepped by others, under
-    torch.distributed.optim.ZeroRedundancyOptimizer. Their momentum is elsewhere too.
+    """Parameters of the group that are in this process's model but stepped by other processes, under
+    torch.distributed.optim.ZeroRedundancyOptimizer. Their momentum is there, too.
     """
     own = {id(p) for p in optimizer.param_groups[index]["params"]}
     return [p for group in exposed(optimizer)[index : index + 1] for p in group["params"] if id(p) not in own]
 
 
 def exposed(optimizer: Any) -> list[dict[str, Any]]:
-    """The groups that ZeroRedundancyOptimizer shows, of all processes' parameters. Their options take the place of
-    the optimizer's at every step.
+    """The groups that ZeroRedundancyOptimizer shows, with the parameters of all processes. At every step it copies
+    their options into the optimizer's groups.
     """
     zero = _zero_of(optimizer)
     return [] if zero is None else zero.param_groups
 
 
 def _zero_of(optimizer: Any) -> Any:
-    """The ZeroRedundancyOptimizer whose optimizer this is. It tells nobody, so that all objects are looked through,
-    once, and only where somebody has imported it.
+    """The ZeroRedundancyOptimizer whose optimizer this is. There is no reference to it, so all objects are searched:
+    once, and only if the class has been imported.
     """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if module is None:
@@ -236,12 +237,12 @@ def _entry(optimizer: Any, item: _Item) -> Entry | None:
 
 
 def _copy(entry: Entry | None) -> Entry | None:
-    with torch.inference_mode(False):  # for kernels, which take no tensors made in it
+    with torch.inference_mode(False):  # kernels do not take inference tensors
         return None if entry is None else Entry(*(None if x is None else x.detach().clone() for x in entry))
 
 
 def _same(now: Entry, folded: Entry) -> bool:
-    """Whether nothing was changed, told at little cost; False where that is not so, or cannot be told so."""
+    """A quick check that nothing was changed; False if in doubt."""
     return all(
         a is b if a is None or b is None else type(a) in PLAIN and _alike(a, b) and torch.equal(a, b)
         for a, b in zip(now, folded, strict=True)
@@ -249,7 +250,7 @@ def _same(now: Entry, folded: Entry) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor | None) -> Tensor:
-    """Where two tensors are the same, NaN included; nowhere, where they cannot be, since the model was converted."""
+    """A mask of the elements that are equal, NaN included; all False if the model was converted meanwhile."""
     if b is None or not _alike(a, b):
         return torch.zeros((), dtype=torch.bool, device=a.device)
     return (a == b) | ((a != a) & (b != b))
@@ -283,7 +284,7 @@ def _set_scales(optimizer: Any, scales: list[tuple[dict[str, Any], Scale]]) -> N
         for place in (group, shown.get(id(group))):
             if place is not None and scale != groups.scale_of(place):
                 groups.set_scale(place, scale)
-    # What is at P = 1 has no parameters elsewhere to agree with, whatever it was given.
+    # At P = 1 there is nothing that parameters elsewhere would have to agree with.
     optimizer._given = [(group, given(group)) for group in optimizer.param_groups]
     if optimizer._device is not None:
         optimizer._device.write(optimizer.state)

@@ -1,5 +1,5 @@
-"""What a step changes, gathered in Python: which row applies to which tensor. csrc/host/gather.h does it in C++,
-for the tensors that its kernels can take, and leaves the others to texp.step.fallback.
+"""A step in Python: gather which tensors it changes, advance the scale and the rows of each group, apply the rows.
+csrc/host does the same for the tensors that its kernels can take, and leaves the others to texp.step.fallback.
 """
 
 from typing import Any, NamedTuple
@@ -16,34 +16,25 @@ from texp.theory import KEEP, Hyperparameters, Row, Step
 
 
 class GroupUpdate(NamedTuple):
-    """What one step does to one group."""
+    """What one step changes in one group."""
 
     index: int
     group: dict[str, Any]
-    step: Step
+    hyper: Hyperparameters
     first: bool  # no tensor of it has a momentum buffer yet
-    work: dict[str | float, list[Entry]]  # parameters by the name of their row in `step`, norm_stats by their power
-    new_bufs: list[tuple[Tensor, Tensor]]
+    work: dict[str | float, list[Entry]]  # parameters by the name of their row in theory.Step, norm_stats by power
+    new_bufs: list[tuple[Tensor, Tensor]]  # by parameter
 
-    def finish(self, state: dict[Tensor, Any]) -> None:
-        """Keeps what the group needs for its next step."""
+    def finish(self, step: Step, state: dict[Tensor, Any]) -> None:
+        """Stores what the group needs for its next step."""
         for param, buf in self.new_bufs:
             state[param]["momentum_buffer"] = buf
         if groups.is_exponential(self.group):
-            groups.set_scale(self.group, self.step.scale)
-            if not self.group["params"] and groups.number("momentum", self.group["momentum"]) != 0:
+            groups.set_scale(self.group, step.scale)
+            if not self.group["params"] and self.hyper.momentum != 0:
                 self.group["started"] = True
             if "swa_lr" in self.group:
                 groups.warn_of_averaging()
-
-
-def _row_of(step: Step, kind: str | float) -> Row:
-    """The row of a kind of `GroupUpdate.work`."""
-    return getattr(step, kind) if isinstance(kind, str) else step.norm_stat(kind)
-
-
-def _changes_nothing(row: Row) -> bool:
-    return row in (KEEP, Row())
 
 
 def step(
@@ -55,25 +46,23 @@ def step(
 ) -> None:
     """One step of all groups in plain torch; modifies parameters, momentum buffers, norm_stats and scales.
 
-    All of it is gathered before any of it is done: an error leaves everything as it was.
+    Raises before anything is changed.
     """
-    for update in gather(param_groups, stats, state, grad_scale, momentum_dtype):
+    updates = gather(param_groups, stats, state, momentum_dtype)
+    steps = [advance(update, grad_scale) for update in updates]
+    for update, step in zip(updates, steps, strict=True):
         for kind, entries in update.work.items():
-            if not _changes_nothing(row := _row_of(update.step, kind)):
+            if (row := _row_of(step, kind)) not in (KEEP, Row()):
                 reference.apply(row, entries, foreach=update.group["foreach"])
-        update.finish(state)
+        update.finish(step, state)
 
 
 def gather(
-    param_groups: list[dict[str, Any]],
-    stats: Found,
-    state: dict[Tensor, Any],
-    grad_scale: float,
-    momentum_dtype: torch.dtype | None,
+    param_groups: list[dict[str, Any]], stats: Found, state: dict[Tensor, Any], momentum_dtype: torch.dtype | None
 ) -> list[GroupUpdate]:
-    """What a step does to the groups that take part in it; raises where one of them cannot, and changes nothing."""
+    """What a step changes in the groups that take part in it; raises for tensors that cannot be stepped."""
     return [
-        _of_group(index, group, stats[index], state, grad_scale, momentum_dtype)
+        _of_group(index, group, stats[index], state, momentum_dtype)
         for index, group in enumerate(param_groups)
         if groups.steps(group)
     ]
@@ -84,17 +73,19 @@ def _of_group(
     group: dict[str, Any],
     stats: list[tuple[Tensor, float]],
     state: dict[Tensor, Any],
-    grad_scale: float,
     momentum_dtype: torch.dtype | None,
 ) -> GroupUpdate:
     checks.refuse_capture(index, group)
+    groups.check_step(index, group)
+    hyper = groups.hyperparameters(group)
     entries = [Entry(p, p.grad) for p in group["params"]]
-    if groups.number("momentum", group["momentum"]) != 0 or groups.is_exponential(group):  # else they are not touched
+    if hyper.momentum != 0 or groups.is_exponential(group):  # otherwise buffers are left alone
         entries = [entry._replace(buf=buffers.buf_of(state, entry.param)) for entry in entries]
     first = groups.is_first(group, [entry.buf for entry in entries])
-    hyper, step = _advance(index, group, first, grad_scale)
-    update = GroupUpdate(index, group, step, first, {}, [])
+    update = GroupUpdate(index, group, hyper, first, {}, [])
     for entry in entries:
+        checks.check_fused(group, entry)
+        checks.check_tensors(index, entry)
         if entry.grad is None:
             kind = "idle"
         elif entry.buf is None and hyper.momentum != 0:
@@ -103,9 +94,6 @@ def _of_group(
             update.new_bufs.append((entry.param, entry.buf))
         else:
             kind = "running"
-        checks.check_fused(group, entry)
-        checks.check_tensors(index, _row_of(step, kind), entry)
-        checks.check_sparse(index, hyper, _row_of(step, kind), entry)
         if entry.buf is not None and kind != "first":
             entry = buffers.widened(entry, momentum_dtype, update.new_bufs)
         update.work.setdefault(kind, []).append(entry)
@@ -114,11 +102,21 @@ def _of_group(
     return update
 
 
-def _advance(index: int, group: dict[str, Any], first: bool, grad_scale: float) -> tuple[Hyperparameters, Step]:
-    """What theory.advance says of a group, whose number stands in the errors."""
-    groups.check_step(index, group)
-    hyper = groups.hyperparameters(group)
+def advance(update: GroupUpdate, grad_scale: float) -> Step:
+    """The rows of a group and its next scale, by theory.advance; raises for rows that its tensors cannot take."""
+    scale, hyper, first, index = groups.scale_of(update.group), update.hyper, update.first, update.index
     try:
-        return hyper, theory.advance(groups.scale_of(group), hyper, first=first, grad_scale=grad_scale)
+        step = theory.advance(scale, hyper, first=first, grad_scale=grad_scale)
     except ValueError as error:
         raise ValueError(f"parameter group {index}: {error}") from None
+    for kind, entries in update.work.items():
+        for entry in entries:
+            checks.check_row(index, _row_of(step, kind), entry)
+            if checks.is_sparse(entry):
+                checks.check_sparse(index, hyper, _row_of(step, kind))
+    return step
+
+
+def _row_of(step: Step, kind: str | float) -> Row:
+    """The row for a key of `GroupUpdate.work`."""
+    return getattr(step, kind) if isinstance(kind, str) else step.norm_stat(kind)

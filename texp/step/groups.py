@@ -1,6 +1,6 @@
-"""What stands in a parameter group of texp.SGD, and what may stand there. An ordinary group has the keys of
-torch.optim.SGD and no others; one in exponential form has `scale_invariant` and its scale besides, plain numbers all,
-and `started` in a process that holds none of its parameters.
+"""The keys of a parameter group and their valid values. An ordinary group has the keys of torch.optim.SGD and no
+others. A group in exponential form also has `scale_invariant` and its scale, all plain numbers, and in a process that
+holds none of its parameters, `started`.
 """
 
 import warnings
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from texp import theory
-from texp.theory import Hyperparameters, Row, Scale
+from texp.theory import Hyperparameters, Scale
 
-# The scale of a group in exponential form, as it stands in the group and in state dicts.
+# The scale of a group in exponential form: keys and initial values, also in state dicts.
 SCALE_KEYS = {"scale": 1.0, "scale_exponent": 0, "carried_decay": 0.0}
 
-# What groups saved by older versions of torch.optim.SGD may lack.
+# Keys that groups saved by older versions of torch.optim.SGD may lack.
 TORCH_DEFAULTS = {"nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "fused": None}
 
 
 def scale_of(group: dict[str, Any]) -> Scale:
-    """Scale() where there is none, as in an ordinary group."""
+    """The scale of a group; Scale() if it has none, as an ordinary group."""
     return Scale(*(group.get(key, value) for key, value in SCALE_KEYS.items())) if "scale" in group else Scale()
 
 
@@ -30,20 +30,22 @@ def set_scale(group: dict[str, Any], scale: Scale) -> None:
 
 
 def set_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Gives a new group the keys that it is to have beside those of torch.optim.SGD: an ordinary one none."""
+    """Sets the keys that a new group in exponential form has besides those of torch.optim.SGD, and removes ours from
+    an ordinary one.
+    """
     values = {**SCALE_KEYS, **defaults, **group}
     group.pop("norm_stats", None)
     if is_exponential(values):
         group["scale_invariant"] = is_scale_invariant(values)
         set_scale(group, scale_of(values))
         return
-    # The flag says something only where the default is another.
+    # The flag is kept only if the default differs from it.
     for key in SCALE_KEYS if is_scale_invariant(defaults) else ("scale_invariant", *SCALE_KEYS):
         group.pop(key, None)
 
 
 def is_exponential(group: dict[str, Any]) -> bool:
-    """Whether its parameters are, or are about to be, anything but θ itself."""
+    """Whether its parameters hold, or are about to hold, anything but θ."""
     return is_scale_invariant(group) or scale_of(group).is_exponential()
 
 
@@ -52,22 +54,22 @@ def is_scale_invariant(group: dict[str, Any]) -> bool:
 
 
 def steps(group: dict[str, Any]) -> bool:
-    """Whether a step of the optimizer is one of this group. A group in exponential form of which this process holds
-    no parameter follows the others': its scale, and the statistics here, are to be the same everywhere.
+    """Whether the group takes part in a step. A group in exponential form does even if this process holds none of its
+    parameters: its scale, and the statistics here, must be the same in all processes.
     """
     params = group["params"]
     return any(p.grad is not None for p in params) if params else is_exponential(group)
 
 
 def is_first(group: dict[str, Any], bufs: Iterable[Tensor | None]) -> bool:
-    """Whether no tensor of a group has a momentum buffer yet. Where there are no tensors, the group itself tells."""
+    """Whether no tensor of a group has a momentum buffer yet; if it has no tensors, as the group says."""
     if group["params"]:
         return all(buf is None for buf in bufs)
     return not group.get("started", False) and scale_of(group) == Scale()
 
 
 def warn_of_averaging() -> None:
-    """Called after the step of a group in exponential form in which torch.optim.swa_utils.SWALR has left its LR."""
+    """Called after a step of a group in exponential form that torch.optim.swa_utils.SWALR has set an LR for."""
     warnings.warn(
         "the weights of a scale_invariant group are averaged, as torch.optim.swa_utils.SWALR tells, but they are Pθ "
         "with a P that changes: average them inside `with optimizer.folded():`, where they are θ",
@@ -85,7 +87,7 @@ def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
 
 
 def number(name: str, value: Any) -> float:
-    """A hyperparameter as a float; raises TypeError for what is not a number."""
+    """A hyperparameter as a float; raises TypeError if it is no number."""
     if isinstance(value, Tensor):
         return value.item()
     if not hasattr(value, "__float__"):  # float() would read text
@@ -94,7 +96,7 @@ def number(name: str, value: Any) -> float:
 
 
 def check_scale(group: dict[str, Any]) -> None:
-    """Raises ValueError unless the group's scale is one that a step can leave behind."""
+    """Raises ValueError for a scale that no step can have left in a group."""
     P, exponent, kappa = scale_of(group)
     theory.check_non_negative(scale=P, carried_decay=kappa)
     if not 1 <= P < 2 or not isinstance(exponent, int):
@@ -102,31 +104,17 @@ def check_scale(group: dict[str, Any]) -> None:
 
 
 def check_step(index: int, group: dict[str, Any]) -> None:
-    """Raises ValueError where a step of the group `index` would start from a wrong scale."""
+    """The same with the index of the group in the message. The C++ core calls it too."""
     try:
         check_scale(group)
     except ValueError as error:
         raise ValueError(f"parameter group {index}: {error}") from None
 
 
-def check_sparse(index: int, hyper: Hyperparameters, row: Row) -> None:
-    """Raises RuntimeError where `row` would make a sparse gradient or buffer dense."""
-    if hyper.weight_decay != 0 and not (hyper.scale_invariant and hyper.momentum == 0):
-        raise RuntimeError(
-            f"parameter group {index}: sparse gradients with weight_decay = {hyper.weight_decay} need a "
-            "scale_invariant group without momentum (torch.optim.SGD refuses them altogether); an ordinary decay "
-            "would have to touch every row of the parameter"
-        )
-    if row.a_p != 0 or row.c_p != 0:
-        raise RuntimeError(
-            f"parameter group {index}: with sparse gradients lr·weight_decay must be at most {1 - theory.ALPHA_MIN} "
-            f"and no decay may be carried in the momentum, got lr = {hyper.lr}, weight_decay = {hyper.weight_decay}"
-        )
-
-
 class AsIs:
-    """Carries a value past torch's load_state_dict, which copies what stands in groups and casts tensors to the
-    parameter's dtype."""
+    """Carries a value through torch's load_state_dict, which would copy it, and cast a tensor to the parameter's
+    dtype.
+    """
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -136,13 +124,13 @@ class AsIs:
 
 
 def prepare_loading(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Checks a state dict, fills in what torch.optim.SGD does not save, and keeps the dtypes of buffers.
+    """Checks a state dict, adds what torch.optim.SGD does not save, and protects the dtypes of buffers.
 
-    A pre-hook of load_state_dict; raises ValueError where something does not fit.
+    A pre-hook of load_state_dict; raises ValueError if something does not fit.
     """
     sizes = [[len(group["params"]) for group in of] for of in (state_dict["param_groups"], optimizer.param_groups)]
     if sizes[0] != sizes[1]:
-        return state_dict  # torch has the error for this
+        return state_dict  # torch raises the error
     groups, state = [], dict(state_dict["state"])
     for index, saved in enumerate(state_dict["param_groups"]):
         saved = dict(saved)

@@ -1,5 +1,5 @@
-"""Statistics that grow with the weights of a group, found anew in the model at every step: `model.to` and the like
-replace its buffers.
+"""Running statistics that grow with the weights of a group. They are looked up in the model at every step, because
+`model.to` and the like replace buffers.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from texp.step import groups
 
 Found = list[list[tuple[Tensor, float]]]
-"""For each group its statistics and their powers of P."""
+"""The statistics of each group, with their powers of P."""
 
 _FORMS = (
     "norm_stats must be a list of (module, name, power), (function, power) or (tensor, power), with a finite power "
@@ -24,16 +24,15 @@ class NormStat:
     """A tensor that a step multiplies by the change of P^power.
 
     Args:
-        source: a module and the name of one of its buffers or parameters; or a function that returns the tensor,
-            which is not copied with the model; or the tensor itself, which is then held weakly: once nothing else
-            holds it, it is lost.
+        source: a module and the name of one of its buffers or parameters; or a function that returns the tensor
+            (a copy of the model keeps the same function); or the tensor itself, which is held weakly and lost once
+            nothing else holds it.
         power: the power of P with which it grows.
-        name: what errors are to call it; None: they find a name.
+        name: for error messages; None: derived from the source.
 
     Attributes:
-        find: returns the tensor, or None where it is lost.
-        name: what errors call it.
-        power: as given.
+        find: returns the tensor, or None if it is lost.
+        name, power: as given.
     """
 
     __slots__ = ("__weakref__", "_attribute", "_held", "_module", "_of_module", "find", "name", "power")
@@ -76,7 +75,7 @@ class NormStat:
         return module._parameters.get(self._attribute) if found is None else found
 
     def _module_is_gone(self, _: weakref.ref) -> None:
-        # Another module may have taken its tensor over, as SyncBatchNorm does. It is followed no further.
+        # Another module may have taken over its tensor, as SyncBatchNorm does. That module is not tracked.
         held = (of.get(self._attribute) for of in self._of_module or ())
         tensor = next((x for x in held if x is not None), None)
         self.find = _lost if tensor is None else weakref.ref(tensor)
@@ -84,7 +83,7 @@ class NormStat:
         self._module = self._of_module = None
 
     def source(self) -> tuple:
-        """What it was made from, or the tensor that remains of it: the arguments of a copy."""
+        """What it was made from, or the tensor that is left of it: the arguments for a copy."""
         if self._module is not None:
             return self._module(), self._attribute
         if isinstance(self.find, weakref.ref) or self.find is _lost:
@@ -103,8 +102,8 @@ def _lost() -> None:
 
 
 def _copy(source: tuple, power: float, name: str) -> NormStat:
-    """A NormStat that comes with a copy of its module, by pickle or deepcopy, which may not be complete yet. It is
-    kept: there may be no other.
+    """A NormStat copied along with its module by pickle or deepcopy. The module may not be complete yet, and nothing
+    else may hold it.
     """
     stat = NormStat.__new__(NormStat)
     stat._set(source, power, name)
@@ -113,7 +112,7 @@ def _copy(source: tuple, power: float, name: str) -> NormStat:
 
 
 def parsed(given: Any) -> list[NormStat]:
-    """Of what stands in a group; raises ValueError where it is no list of statistics."""
+    """The statistics given as group["norm_stats"]; raises ValueError if they are malformed."""
     if not isinstance(given, (list, tuple)):
         raise ValueError(f"{_FORMS}; got {given!r}")
     stats = []
@@ -128,12 +127,12 @@ def parsed(given: Any) -> list[NormStat]:
 
 
 class NormStats(dict):
-    """Those of all groups of an optimizer that have any: id of the group to the group and its list. They belong to
-    the group itself, wherever it stands: DeepSpeed steps one group at a time.
+    """The statistics of an optimizer: from the id of a group to the group and its list. They belong to the group and
+    not to its index: DeepSpeed steps one group at a time.
     """
 
     exposed: Callable[[], list[dict[str, Any]]] = list
-    """Returns groups that a wrapper of the optimizer shows in place of these, and may write into them."""
+    """Returns the groups that a wrapper of the optimizer shows in place of these."""
 
     def of(self, group: dict[str, Any]) -> list[NormStat]:
         return self[id(group)][1] if id(group) in self else []
@@ -144,9 +143,9 @@ class NormStats(dict):
             self[id(group)] = group, stats
 
     def take(self, param_groups: list[dict[str, Any]]) -> None:
-        """Takes over what somebody has put into groups, as group["norm_stats"].
+        """Moves what has been set as group["norm_stats"] in here.
 
-        Raises ValueError, and changes nothing, where it cannot.
+        Raises ValueError, and changes nothing, if some of it is malformed.
         """
         given = []
         for i, group in enumerate(param_groups):
@@ -162,9 +161,9 @@ class NormStats(dict):
             group.pop("norm_stats", None)
 
     def found(self, param_groups: list[dict[str, Any]]) -> Found:
-        """The tensors of this step; called by the C++ core too. Those of ordinary groups are not looked for.
+        """The tensors of this step, except those of ordinary groups. The C++ core calls it too.
 
-        Raises ValueError where one can no longer be found, or cannot be scaled.
+        Raises ValueError if one can no longer be found, or cannot be scaled.
         """
         if any("norm_stats" in group for group in param_groups):
             self.take(param_groups)
@@ -174,17 +173,13 @@ class NormStats(dict):
         ]
 
     def _of_copied(self, group: dict[str, Any]) -> list[NormStat]:
-        """Those of a group with the same parameters, of which somebody has made a copy of his own."""
+        """The statistics of a group with the same parameters, if this group is a copy of it."""
         params = list(map(id, group["params"]))
         copied = (other for other, _ in self.values() if params and list(map(id, other["params"])) == params)
         if (other := next(copied, None)) is None:
             return []
         self.put(group, self.of(other))
         return self.of(group)
-
-    def are_weak(self) -> bool:
-        """Whether some are held weakly, and lost when nothing else holds them."""
-        return any(isinstance(stat.find, weakref.ref) for _, stats in self.values() for stat in stats)
 
 
 def _found(index: int, stats: list[NormStat]) -> list[tuple[Tensor, float]]:
