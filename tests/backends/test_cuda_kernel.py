@@ -263,9 +263,9 @@ def test_launches_are_on_the_device_of_the_tensors(kernel, current, device):
     kernel.cudaSetDevice(current)
     try:
         for function, *arguments in (
-            (kernel.texp_cuda_apply, ctypes.byref(tensor), 1, rows_of([Row()]), None, None),
+            (kernel.texp_cuda_apply, tensor, 1, rows_of([Row()]), None, None),
             (kernel.texp_cuda_advance, ctypes.byref(group), 1, None, 0, ctypes.byref(step)),
-            (kernel.texp_cuda_reduce, ctypes.byref(tensor), 1, sums.data_ptr(), sums.data_ptr() + 16),
+            (kernel.texp_cuda_reduce, tensor, 1, sums.data_ptr(), sums.data_ptr() + 16),
         ):
             assert function(device, None, *arguments) is None
             assert kernel.launched_on() == device
