@@ -5,6 +5,7 @@ import math
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,10 +33,11 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
     The reference backend is left out above 20 million parameters: it is there to be read, not to be fast, and would
     take most of the time.
     """
+    torch_sgd = partial(torch.optim.SGD, **_ARGUMENTS)
     made: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "torch for-loop": lambda groups: _torch(groups, foreach=False),
-        "torch foreach": lambda groups: _torch(groups, foreach=True),
-        FUSED: lambda groups: _torch(groups, fused=True),
+        "torch for-loop": partial(torch_sgd, foreach=False),
+        "torch foreach": partial(torch_sgd, foreach=True),
+        FUSED: partial(torch_sgd, fused=True),
     }
     for name, reason in backends.available().items():
         backend = backends.ALL[name]
@@ -43,19 +45,11 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
             continue
         if name == "reference" and parameters > _MOST_FOR_REFERENCE:
             continue
-        made[f"texp {name}"] = lambda groups, name=name: _texp(groups, backend=name)
-        made[f"texp {name} exponential"] = lambda groups, name=name: _texp(groups, backend=name, scale_invariant=True)
+        made[f"texp {name}"] = texp_sgd = partial(texp.SGD, **_ARGUMENTS, backend=name)
+        made[f"texp {name} exponential"] = partial(texp_sgd, scale_invariant=True)
         if backend.advances:
-            made[f"texp {name} capturable"] = lambda groups, name=name: _texp(groups, backend=name, capturable=True)
+            made[f"texp {name} capturable"] = partial(texp_sgd, capturable=True)
     return made
-
-
-def _torch(groups, **arguments) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, **_ARGUMENTS, **arguments)
-
-
-def _texp(groups, **arguments) -> torch.optim.Optimizer:
-    return texp.SGD(groups, **_ARGUMENTS, **arguments)
 
 
 def run(
