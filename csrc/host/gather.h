@@ -236,6 +236,7 @@ class Gather {
     started.clear();
     objects_.clear();
     grads_of_fallback_.clear();
+    last_list_ = device_ == nullptr && cpu_.take ? &on_cpu_ : nullptr;
     slot_ = 0;
     is_held = is_averaged = false;
   }
@@ -268,35 +269,36 @@ class Gather {
     if (options[Key::norm_stats] != nullptr && !found_) throw GivesNormStats{};
     PyObject* list = options.required(Key::params);
     if (!PyList_Check(list) && !PyTuple_Check(list)) throw py::type_error("group['params'] must be a list");
-    if (device_ == nullptr && options[Key::scale] == nullptr && !reader_.flag(options[Key::scale_invariant]))
-      return gather_ordinary(index, options, list);
+    const StoredScale stored(options);
+    const bool scale_invariant = reader_.flag(options[Key::scale_invariant]);
+    const bool on_device = device_ != nullptr, may_be_exponential = scale_invariant || stored.P != nullptr;
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
     params_.clear();
     bool steps = false, all = true;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
       params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
-      steps = steps || params_.back().has_grad();
-      all = all && params_.back().has_grad();
+      const bool has_grad = params_.back().has_grad();
+      steps = steps || has_grad;
+      all = all && has_grad;
+      if (!has_grad && !on_device && !may_be_exponential) params_.pop_back();
     }
-    const bool empty = params_.empty();
     const int32_t first_slot = slot_;
-    slot_ += static_cast<int32_t>(params_.size());
-    const StoredScale stored(options);
-    if (device_ != nullptr) {
-      check_is_known(options, stored, index, first_slot);
-      if (device_->capturing && !all)
-        throw NotOnDevice{"a parameter has no gradient: replays would go on without it"};
+    slot_ += static_cast<int32_t>(count);
+    if (on_device) {
+      check_is_known(options, stored, scale_invariant, index, first_slot);
+      if (device_->capturing && !all) throw NotOnDevice{"a parameter has no gradient: replays would go on without it"};
     }
     // A group in exponential form of which this process holds no parameter follows the others' (texp/step/groups.py).
-    if (!steps && !empty) return;
+    const bool is_empty = count == 0;
+    if (!steps && !is_empty) return;
 
     const Scale scale = reader_.scale(stored, index);  // on the device: when it was last on the host
-    const bool scale_invariant = reader_.flag(options[Key::scale_invariant]);
     const bool is_ordinary = !scale_invariant && scale.P == 1 && scale.kappa == 0;
-    if (is_ordinary && empty) return;
+    if (is_ordinary && is_empty) return;
     GroupEntry entry{};
-    const bool has_momentum = device_ == nullptr ? reader_.hyperparameters(options, index).momentum != 0
-                                                 : read_numbers(options, index, entry);
-    bool without_buffers = !empty || !(reader_.flag(options[Key::started]) || scale != Scale{});
+    const bool has_momentum = on_device ? read_numbers(options, index, entry)
+                                        : reader_.hyperparameters(options, index).momentum != 0;
+    bool without_buffers = !is_empty || !(reader_.flag(options[Key::started]) || scale != Scale{});
     if (has_momentum || !is_ordinary) {
       for (Param& param : params_) {
         if (is_ordinary && !param.has_grad()) continue;
@@ -304,20 +306,19 @@ class Gather {
         without_buffers = without_buffers && param.buf == nullptr;
       }
     }
-    const bool starts = empty && has_momentum;
     int32_t update = -1;
-    if (device_ == nullptr) {
-      // Ordinary groups have the same rows whether this is their first step or not.
-      update = update_of(reader_.hyperparameters(options, index), scale, without_buffers && !is_ordinary);
-      if (!is_ordinary) rescaled.push_back({stored, update, starts});
-    } else {
+    if (on_device) {
       entry.nesterov = reader_.flag(options.required(Key::nesterov));
       entry.maximize = reader_.flag(options.required(Key::maximize));
       entry.scale_invariant = scale_invariant;
       entry.without_buffers = without_buffers;
       entry.scale = reinterpret_cast<DeviceScale*>(device_->scales.mutable_data_ptr<double>()) + index;
       entry.begin = static_cast<int32_t>(requests.size());
-      if (starts) started.push_back(group);
+      if (is_empty && has_momentum) started.push_back(group);
+    } else {
+      // Ordinary groups have the same rows whether this is their first step or not.
+      update = update_of(reader_.hyperparameters(options, index), scale, without_buffers && !is_ordinary);
+      if (!is_ordinary) rescaled.push_back({stored, update, is_empty && has_momentum});
     }
 
     for (size_t i = 0; i < params_.size(); ++i) {
@@ -326,41 +327,14 @@ class Gather {
       const Kind kind = !param.has_grad() ? Kind::idle
                         : param.buf == nullptr && has_momentum ? Kind::first
                                                                : Kind::running;
-      const int32_t row = device_ == nullptr ? row_of(update, kind) : request(kind, param, first_slot + i);
+      const int32_t row = on_device ? request(kind, param, first_slot + i) : row_of(update, kind);
       if (const Refusal refusal = take(param, kind, row)) refuse(index, refusal, row, kind, param);
     }
     if (!is_ordinary && found_) gather_statistics(index, update);
     if (!is_ordinary && options[Key::swa_lr] != nullptr) is_averaged = true;
-    if (device_ != nullptr) {
+    if (on_device) {
       entry.end = static_cast<int32_t>(requests.size());
       groups.push_back(entry);
-    }
-  }
-
-  // A group without the keys of an exponential one, with its rows on the host: its parameters do not depend on each
-  // other.
-  void gather_ordinary(Py_ssize_t index, const Options& options, PyObject* list) {
-    params_.clear();
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
-      params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
-      if (!params_.back().has_grad()) params_.pop_back();
-    }
-    if (params_.empty()) return;
-    const Hyperparameters& h = reader_.hyperparameters(options, index);
-    const int32_t update = update_of(h, {}, false);
-    const bool has_momentum = h.momentum != 0;
-    if (has_momentum)
-      for (Param& param : params_) param.buf = reader_.buffer(param);
-    const bool may_be_usual = cpu_.take && !momentum_dtype_ && !is_watched_ && known_rows_ == nullptr;
-    for (const Param& param : params_) {
-      const Kind kind = param.buf == nullptr && has_momentum ? Kind::first : Kind::running;
-      const int32_t row = row_of(update, kind);
-      if (may_be_usual && param.grad != nullptr && kind != Kind::first &&
-          (param.buf == nullptr || THPVariable_CheckExact(param.buf)) &&
-          on_cpu_.take_usual(THPVariable_Unpack(param.object), param.grad,
-                             param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf), row))
-        continue;
-      if (const Refusal refusal = take(param, kind, row)) refuse(index, refusal, row, kind, param);
     }
   }
 
@@ -464,26 +438,29 @@ class Gather {
   }
 
   Refusal take(const Param& param, Kind kind, int32_t row) {
+    if (known_rows_ == nullptr && !is_watched_ && !momentum_dtype_ && last_list_ != nullptr && takes_usual(param, kind, row))
+      return {};
     if (is_watched_)
       return {"the parameter", "is stepped under a TorchDispatchMode, which is to see what happens to it"};
     if (!param.exact) return {"the parameter", "is a subclass of torch.Tensor"};
     const at::Tensor& p = THPVariable_Unpack(param.object);
-    TensorList* list = list_of(p.device());
-    if (list == nullptr) return {"the parameter", "is on a device whose kernel is not asked for or cannot be used here"};
-    if (known_rows_ != nullptr) {
-      const at::Tensor* buf = param.buf != nullptr && THPVariable_Check(param.buf) ? &THPVariable_Unpack(param.buf) : nullptr;
-      if (!known_rows_->fits(row, dtypes_of(p, param.grad, buf).is_wide()))
-        return {"the parameter", "is too narrow for a step as large as this"};
-    }
-    if (param.buf != nullptr) {
-      if (!THPVariable_CheckExact(param.buf)) return {"its momentum buffer", "is not a torch.Tensor"};
-      const at::Tensor& buf = THPVariable_Unpack(param.buf);
-      if (!momentum_dtype_ && list->take_usual(p, param.grad, &buf, row)) return {};
-      if (wide_enough(p, buf, momentum_dtype_) == buf.scalar_type()) return list->take(p, param.grad, &buf, row);
-    } else if (kind != Kind::first) {
-      return list->take(p, param.grad, nullptr, row);
-    }
-    return take_with_new_buffer(*list, param, row);
+    last_list_ = list_of(p.device());
+    if (last_list_ == nullptr)
+      return {"the parameter", "is on a device whose kernel is not asked for or cannot be used here"};
+    if (param.buf != nullptr && !THPVariable_CheckExact(param.buf)) return {"its momentum buffer", "is not a torch.Tensor"};
+    const at::Tensor* buf = param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf);
+    if (known_rows_ != nullptr && !known_rows_->fits(row, dtypes_of(p, param.grad, buf).is_wide()))
+      return {"the parameter", "is too narrow for a step as large as this"};
+    const bool is_wide_enough = buf == nullptr || wide_enough(p, *buf, momentum_dtype_) == buf->scalar_type();
+    return kind != Kind::first && is_wide_enough ? last_list_->take(p, param.grad, buf, row)
+                                                 : take_with_new_buffer(*last_list_, param, row);
+  }
+
+  // Whether it is what nearly all tensors are, where the one before it was.
+  bool takes_usual(const Param& param, Kind kind, int32_t row) {
+    if (kind == Kind::first || !param.exact || (param.buf != nullptr && !THPVariable_CheckExact(param.buf))) return false;
+    return last_list_->take_usual(THPVariable_Unpack(param.object), param.grad,
+                                  param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf), row);
   }
 
   // For a tensor's first step, or one whose buffer is narrower than it is to be.
@@ -510,7 +487,8 @@ class Gather {
 
   // Throws where the state on the device is not of this group, at its scale. What it was made for it holds, so that the
   // same address is the same object.
-  void check_is_known(const Options& options, const StoredScale& stored, Py_ssize_t index, int32_t first_slot) {
+  void check_is_known(const Options& options, const StoredScale& stored, bool scale_invariant, Py_ssize_t index,
+                      int32_t first_slot) {
     const NotOnDevice stale{"", true};
     if (index >= PyList_GET_SIZE(device_->groups.ptr()) || slot_ > PyList_GET_SIZE(device_->params.ptr())) throw stale;
     if (PyList_GET_ITEM(device_->groups.ptr(), index) != options.group) throw stale;
@@ -518,7 +496,7 @@ class Gather {
       if (PyList_GET_ITEM(device_->params.ptr(), first_slot + static_cast<Py_ssize_t>(i)) != params_[i].object) throw stale;
     PyObject* known = PyList_GET_ITEM(device_->known.ptr(), index);
     const Scale scale = reader_.unchecked_scale(stored);
-    if (reader_.flag(PyTuple_GET_ITEM(known, 0)) != reader_.flag(options[Key::scale_invariant]) ||
+    if (reader_.flag(PyTuple_GET_ITEM(known, 0)) != scale_invariant ||
         reader_.number(PyTuple_GET_ITEM(known, 1)) != scale.P ||
         PyLong_AsLongLong(PyTuple_GET_ITEM(known, 2)) != scale.exponent ||
         reader_.number(PyTuple_GET_ITEM(known, 3)) != scale.kappa)
@@ -588,6 +566,7 @@ class Gather {
   std::vector<char> row_keeps_; // whether a row changes nothing
   std::vector<py::object> objects_;  // kept alive
   std::deque<at::Tensor> grads_of_fallback_;
+  TensorList* last_list_ = nullptr;  // that took the tensor before; null: none did
   const Rows* known_rows_ = nullptr;  // when everything is gathered again because not all of them fit
   int32_t slot_ = 0;
   bool is_watched_ = false;  // by a TorchDispatchMode

@@ -1,4 +1,4 @@
-"""The paper's main claim on real data: one network, three ways to train it, one curve.
+"""The demo: one network, trained in three ways that the paper says are one.
 
 scikit-learn's digits, a small pre-activation ResNet whose whole loss is scale-invariant: the scale and bias of
 its batch norms and its last layer are fixed, as in the paper. Then the same network with everything trainable, where

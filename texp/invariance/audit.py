@@ -1,4 +1,4 @@
-"""Which parameters of a model are scale-invariant together: found from gradients alone, for any nn.Module.
+"""Finds which parameters of a model are scale-invariant together, from gradients alone, for any nn.Module.
 
 A set S of parameters is invariant when f(cθ_S, θ_rest) = f(θ_S, θ_rest) for every c > 0. By Euler that is so
 exactly when Σ_{i∈S} ⟨p_i, ∂f/∂p_i⟩ = 0 everywhere, so a row M[i] = ⟨p_i, ∂(r·f(x))/∂p_i⟩ for random x and r, at a
@@ -24,10 +24,10 @@ from texp.invariance.equations import FREE, AuditError, Bounds, Equations, large
 from texp.invariance.probe import Probe, no_trace, untouched
 from texp.step.norm_stats import NormStat
 
-PATIENCE = 8  # the rank has settled when it did not grow for so many inputs
-FACTORS = (2.0, 0.5, 2.0**4, 2.0**10, 2.0**20)  # large ones, so that what clips far away clips
-LARGE_EPS = 0.01  # relative change of the output, when weights are doubled, that one is warned of
-TRIES = 4  # to solve the equations and confirm the set, with more rows each time
+PATIENCE = 8  # the rank has settled when this many inputs have not increased it
+FACTORS = (2.0, 0.5, 2.0**4, 2.0**10, 2.0**20)  # large enough to reach activations that clip
+LARGE_EPS = 0.01  # relative change of the output, when weights are doubled, above which to warn
+TRIES = 4  # attempts to solve the equations and confirm the set, each with more rows
 
 PINNED = "moves the output, whatever is scaled with it"
 OPPOSED = "only while another shrinks"
@@ -120,11 +120,11 @@ def audit(
             tensors. Default: model(*inputs).
         hold: (name, parameter) → whether it must not be scaled, as it has no weight decay. Default: none of the
             trainable ones.
-        seed: of all that is drawn; the result is a function of it.
-        max_rows: how many rows may be collected. Default: as many as can be needed.
+        seed: random seed; determines the result.
+        max_rows: maximum number of rows. Default: as many as can be needed.
         device, dtype: of the copy; defaults: the model's device, float64. float32 is faster, but deep models need
             float64 to tell small effects from rounding; an AuditError says so.
-        progress: called with (rows, rank, max_rows) now and then.
+        progress: called with (rows, rank, max_rows) from time to time.
 
     Costs one forward and two backward passes for each pair of rows; there are about as many rows as parameters
     and norms, at most. Needs scipy. The model, its buffers and grads, and the global random states are left as they
@@ -236,17 +236,17 @@ def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
         try:
             return _solved(model, probe, equations, hold)
         except AuditError as error:
-            # Otherwise more rows may tell, of a branch that few inputs reach, say.
+            # More rows may help, for example with a branch that few inputs reach.
             if tries_left == 0 or (max_rows is not None and equations.count >= max_rows):
                 raise AuditError(f"{error}{_seldom(probe, equations)}") from error
             if isinstance(error, UnconfirmedError):
-                # Activations that clip, as ReLU6 does, look invariant where they do not: here is more to be learned.
+                # Activations that clip, such as ReLU6, look invariant where they do not clip: go on where they do.
                 probe.rescale(error.powers, error.c)
     raise AssertionError("TRIES is at least 1")
 
 
 def _seldom(probe: Probe, equations: Equations) -> str:
-    """What to do about parameters that only some of the inputs reach."""
+    """Advice for parameters that only some of the inputs reach."""
     fewest, name = min((n, name) for n, name in zip(equations.reached(), probe.params, strict=True) if n)
     if fewest >= PATIENCE:
         return ""
@@ -262,7 +262,7 @@ class UnconfirmedError(AuditError):
 
 
 def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit:
-    """The answer that the equations give, confirmed."""
+    """Solves the equations and confirms the solution."""
     names, norms = list(probe.params), list(probe.norms.values())
     effect, seen = equations.effects()
     reached = equations.reached()
@@ -271,7 +271,8 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
     params = dict(model.named_parameters())
     held = [hold(name, params[name]) for name in names]
     sizes = [params[name].numel() for name in names]
-    # What only running statistics see has no gradient: without decay it never moves, and may follow any power.
+    # A parameter that only running statistics see has no gradient. Without decay it never moves and may follow any
+    # power.
     follows = [h and s and not e for h, s, e in zip(held, seen, effect, strict=True)]
     bounds = [
         FREE if f else (0, 0 if h or not (e or s) else 1)
@@ -315,7 +316,7 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
 
 
 def _collect(equations: Equations, probe: Probe, max_rows: int | None, progress) -> None:
-    """Adds rows until their rank has settled; raises AuditError where it has not after max_rows."""
+    """Adds rows until their rank has settled; raises AuditError if it has not after max_rows."""
     limit = equations.count + 2 * (equations.n + equations.K + 2 * PATIENCE) if max_rows is None else max_rows
     start, rank = len(equations.inputs), 0
     while equations.count < limit:

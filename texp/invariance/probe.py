@@ -1,6 +1,5 @@
-"""A copy of a model at a random point, which can be asked how its output changes when its parameters are scaled.
-
-Nothing here touches the model itself. What comes of the answers is in `texp.invariance`.
+"""A copy of a model at a random point that tells how its output changes when parameters are scaled. The model itself
+is not touched.
 """
 
 import contextlib
@@ -19,10 +18,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from texp.backends.memory import that_share_memory
 
-EPS = 1e-30  # of every norm of the copy: not 0, which BatchNorm refuses
+EPS = 1e-30  # for the norms of the copy: BatchNorm refuses 0
 EPS_NAMES = ("eps", "epsilon", "variance_epsilon")
-RANDOM_DEPTH = ("DropPath", "StochasticDepth")  # as timm and torchvision call theirs
-TINY = 1e-3  # parameters of this rms or less start at zero in effect, as the gates of ConvNeXt do at 1e-6
+RANDOM_DEPTH = ("DropPath", "StochasticDepth")  # of timm and torchvision
+TINY = 1e-3  # a root mean square up to this is as good as zero, like the 1e-6 of ConvNeXt's gates
 
 
 class Row(NamedTuple):
@@ -36,7 +35,7 @@ class Row(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What really scaling some parameters by c did."""
+    """The effect of scaling some parameters by c."""
 
     output: float  # the largest relative change of an output tensor
     powers: dict[str, float]  # of c, by which running statistics grew; nan: not updated, inf: by no power
@@ -50,7 +49,7 @@ class Probe:
         model: is copied, and not changed.
         inputs: example arguments; random ones are drawn like them, each tensor by itself.
         forward: as for `texp.audit`.
-        seed: of parameters, inputs and directions.
+        seed: for parameters, inputs and directions.
         device, dtype: of the copy.
 
     Raises ValueError for parameters that are complex, uninitialised, or share memory without being the same.
@@ -81,13 +80,13 @@ class Probe:
         self.generator = torch.Generator().manual_seed(seed)
         self.seed, self.device, self.dtype = seed, device, dtype
         self.example = _map(inputs, lambda x: x.detach().to(device, dtype if x.is_floating_point() else None))
-        self.inputs = _map(self.example, self._like)  # the example itself may be special: of ones, say
+        self.inputs = _map(self.example, self._like)  # the example may be special, such as all ones
         self.params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.eps: list[tuple[nn.Module, str, float | None]] = []
         self.norms: dict[nn.Module, str] = {}  # those with running statistics
         for name, module in self.model.named_modules():
             if isinstance(module, _DropoutNd) or type(module).__name__ in RANDOM_DEPTH:
-                module.eval()  # any other random choice is made the same each time
+                module.eval()  # other random choices are the same in every run
             for key in EPS_NAMES:
                 if isinstance(eps := getattr(module, key, 0), float | None):
                     self.eps.append((module, key, eps))
