@@ -6,6 +6,7 @@ import math
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,9 +35,9 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
     the time.
     """
     made: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "torch for-loop": lambda groups: _torch(groups, foreach=False),
-        "torch foreach": lambda groups: _torch(groups, foreach=True),
-        FUSED: lambda groups: _torch(groups, fused=True),
+        "torch for-loop": partial(torch.optim.SGD, **_ARGUMENTS, foreach=False),
+        "torch foreach": partial(torch.optim.SGD, **_ARGUMENTS, foreach=True),
+        FUSED: partial(torch.optim.SGD, **_ARGUMENTS, fused=True),
     }
     for name, reason in backends.available().items():
         backend = backends.ALL[name]
@@ -44,19 +45,11 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
             continue
         if name == "reference" and parameters > _MOST_FOR_REFERENCE:
             continue
-        made[f"texp {name}"] = lambda groups, name=name: _texp(groups, backend=name)
-        made[f"texp {name} exponential"] = lambda groups, name=name: _texp(groups, backend=name, scale_invariant=True)
+        made[f"texp {name}"] = of_backend = partial(texp.SGD, **_ARGUMENTS, backend=name)
+        made[f"texp {name} exponential"] = partial(of_backend, scale_invariant=True)
         if backend.advances:
-            made[f"texp {name} capturable"] = lambda groups, name=name: _texp(groups, backend=name, capturable=True)
+            made[f"texp {name} capturable"] = partial(of_backend, capturable=True)
     return made
-
-
-def _torch(groups, **arguments) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, **_ARGUMENTS, **arguments)
-
-
-def _texp(groups, **arguments) -> torch.optim.Optimizer:
-    return texp.SGD(groups, **_ARGUMENTS, **arguments)
 
 
 def run(
