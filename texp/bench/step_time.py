@@ -36,9 +36,9 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
     """
     torch_sgd = partial(torch.optim.SGD, **_ARGUMENTS)
     made: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "torch for-loop": partial(torch_sgd, foreach=False),
-        "torch foreach": partial(torch_sgd, foreach=True),
-        FUSED: partial(torch_sgd, fused=True),
+        "torch for-loop": partial(torch.optim.SGD, **_ARGUMENTS, foreach=False),
+        "torch foreach": partial(torch.optim.SGD, **_ARGUMENTS, foreach=True),
+        FUSED: partial(torch.optim.SGD, **_ARGUMENTS, fused=True),
     }
     for name, reason in backends.available().items():
         backend = backends.ALL[name]
@@ -46,10 +46,10 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
             continue
         if name == "reference" and parameters > _MOST_FOR_REFERENCE:
             continue
-        made[f"texp {name}"] = texp_sgd = partial(texp.SGD, **_ARGUMENTS, backend=name)
-        made[f"texp {name} exponential"] = partial(texp_sgd, scale_invariant=True)
+        made[f"texp {name}"] = of_backend = partial(texp.SGD, **_ARGUMENTS, backend=name)
+        made[f"texp {name} exponential"] = partial(of_backend, scale_invariant=True)
         if backend.advances:
-            made[f"texp {name} capturable"] = partial(texp_sgd, capturable=True)
+            made[f"texp {name} capturable"] = partial(of_backend, capturable=True)
     return made
 
 
