@@ -6,8 +6,8 @@ from texp import native
 
 
 def main() -> None:
-    """Runs the command line; says in one line what to install where its libraries are missing."""
-    if sys.argv[1:] == ["build"]:  # in container images there are often no libraries of the command line
+    """Runs the command line. If its libraries are missing, says in one line what to install."""
+    if sys.argv[1:] == ["build"]:  # without typer and rich, which container images often lack
         sys.exit(native.main())
     try:
         from texp.cli.app import run

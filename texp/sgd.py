@@ -23,26 +23,27 @@ class SGD(FusedOptimizer):
         dampening: τ, default 0.
         weight_decay: λ, an L2 penalty as in torch, default 0.
         nesterov: Nesterov momentum, default False. Needs momentum > 0 and no dampening.
-        maximize: go up the gradient instead of down, default False.
-        foreach: for the reference backend, whether to batch tensors; None, the default, where it pays.
-        differentiable: let autograd see the step, which is then torch's own. Default False; not for
-            scale-invariant groups.
-        fused: True asks a GradScaler to leave the gradients scaled, as torch's own fused step does: the step unscales
-            them while it reads them, and waits for nothing. It says nothing of kernels, which take one pass in any
-            case. Default None.
+        maximize: gradient ascent instead of descent, default False.
+        foreach: whether the reference backend batches tensors; None, the default: where it is faster.
+        differentiable: take torch's own step, which autograd can follow. Default False; not for scale-invariant
+            groups.
+        fused: True asks a GradScaler to leave the gradients scaled, as torch's fused step does: the step unscales
+        them
+            while reading them, without waiting for the device. It does not select kernels: a step is a single pass
+            in any case. Default None.
         scale_invariant: the loss must not change when all parameters of the group are multiplied by the same
             number c > 0. Their weight decay is then traded for a growing LR. Default False; usually set per
             group, as texp.param_groups does.
         backend: "reference", "cpu", "cuda" or "triton". None, the default, takes "cpu" for tensors on the CPU and,
             for tensors on GPUs, "cuda" or else "triton"; what they cannot take is stepped by "reference", in plain
-            torch. One that is named never falls back. With TRITON_INTERPRET=1 in the environment, "triton" takes
+            torch. A named backend never falls back. With TRITON_INTERPRET=1 in the environment, "triton" steps
             tensors on the CPU, slowly.
         capturable: keep P and κ on the GPU, so that a step captured in a graph replays the schedule.
-            Hyperparameters may then be float32 or float64 tensors on the device; others are those of the
-            capture. Take a step before each capture. Needs "cuda" or "triton"; default False. An option of the whole
-            optimizer, not of a group.
+            Hyperparameters may then be float32 or float64 tensors on the device; numbers are fixed by the capture.
+            Take a step before each capture. Needs "cuda" or "triton"; default False. An option of the optimizer, not
+            of a group.
         momentum_dtype: the dtype of momentum buffers, such as float32 for weights in bfloat16, or bfloat16 for
-            weights in float32. None, the default: that to which parameter and gradient are promoted together.
+            weights in float32. None, the default: the dtype to which torch promotes parameter and gradient.
 
     In a scale-invariant group the parameters hold Pθ, where θ are the weights that torch.optim.SGD would hold,
     and the momentum buffers (v − κθ)/P; `group["scale"]` is P, kept in [1, 2), `group["scale_exponent"]` counts how
@@ -51,31 +52,30 @@ class SGD(FusedOptimizer):
     scale-invariant at any step (set ``group["scale_invariant"] = True``), and an ordinary one again by
     :meth:`fold` and setting it to False.
 
-    ``"norm_stats"`` of a group that is given, or is there already, holds running statistics that grow with the
-    weights: where the input of a BatchNorm grows as P^d, its running mean with power d and its running variance with
-    2·d. Each step multiplies them by the change of P^power. They are (module, "running_mean", power), or (function,
-    power) with a function that returns the tensor, and are found anew at each step, wherever the model has moved; or
-    (tensor, power), which holds until the model replaces it. The optimizer takes them out of the group and keeps
-    them in :attr:`norm_stats`. They are not in state dicts: a run is resumed with groups that have them.
+    ``group["norm_stats"]`` lists running statistics that grow with the weights: if the input of a BatchNorm grows as
+    P^d, its running mean with power d and its running variance with power 2·d. Each step multiplies them by the
+    change of P^power. An entry is (module, "running_mean", power), or (function, power) with a function that returns
+    the tensor, which are looked up at every step, wherever the model has been moved; or (tensor, power), which is
+    valid until the model replaces the tensor. The optimizer moves them from the group to :attr:`norm_stats`. They are
+    not in state dicts: to resume a run, create the groups with them again.
 
     On GPUs, P and κ are on the device while steps are captured with capturable=True or, with fused=True, may be
-    skipped by a GradScaler, and what the groups say of them is brought up to date by :meth:`fold`, :meth:`log10_lr`
-    and :meth:`state_dict`.
+    skipped by a GradScaler. :meth:`fold`, :meth:`log10_lr` and :meth:`state_dict` then update them in the groups.
 
     A step modifies in place: parameters, momentum buffers, norm_stats. It never writes to a gradient. With fused=True
-    a step under a GradScaler unscales the gradients while reading them; where the scaler found an inf or a NaN,
-    nothing at all is changed and :attr:`step_was_skipped` is True.
+    a step under a GradScaler unscales the gradients while reading them; if the scaler found an inf or a NaN, nothing
+    is changed and :attr:`step_was_skipped` is True.
 
-    The first optimizer for which there is no C++ core yet builds it (texp.native), once for this torch and Python.
+    The first optimizer builds the C++ core if there is none yet (texp.native), once for this torch and Python.
 
-    Raises, before anything is changed: ValueError for hyperparameters that are negative (the LR of a step may
-    be), not finite or beyond the range of the arithmetic, and for combinations that torch refuses; RuntimeError
-    for a backend that is not available, for tensors that cannot be written to (expanded, of integers, made in
-    inference mode), for momentum buffers that do not fit, and for sparse gradients with weight decay unless the
-    group is scale-invariant and without momentum.
+    Raises, before anything is changed: ValueError for hyperparameters that are negative (except the LR of a step),
+    not finite or beyond the range of the arithmetic, and for combinations that torch refuses; RuntimeError for a
+    backend that is not available, for tensors that cannot be written to (expanded, integer, made in inference mode),
+    for momentum buffers that do not fit, and for sparse gradients with weight decay unless the group is
+    scale-invariant and without momentum.
 
-    Parameters that share memory (views of one tensor, or one that is given twice) are stepped one after the
-    other, by the reference backend.
+    Parameters that share memory (views of one tensor, or one that is given twice) are stepped one after the other by
+    the reference backend.
     """
 
     # A graph break inside a constructor would lose attributes, so torch.compile leaves it alone.
@@ -101,11 +101,8 @@ class SGD(FusedOptimizer):
         # The errors of torch.optim.SGD, in its order and words; NaN and infinity, which it accepts, are refused.
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        for what, value in (
-            ("learning rate", lr),
-            ("momentum value", momentum),
-            ("weight_decay value", weight_decay),
-        ):
+        numbers = {"learning rate": lr, "momentum value": momentum, "weight_decay value": weight_decay}
+        for what, value in numbers.items():
             if not 0 <= value < float("inf"):
                 raise ValueError(f"Invalid {what}: {value}")
         if nesterov and (momentum <= 0 or dampening != 0):
@@ -114,24 +111,16 @@ class SGD(FusedOptimizer):
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        options = {"backend": backend, "capturable": capturable, "momentum_dtype": momentum_dtype}
-        super().__init__(params, {**defaults, "scale_invariant": True} if scale_invariant else defaults, **options)
+        defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
+        defaults.update(maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused)
+        if scale_invariant:
+            defaults["scale_invariant"] = True
+        super().__init__(params, defaults, backend=backend, capturable=capturable, momentum_dtype=momentum_dtype)
 
     @unwrapped
     def log10_lr(self) -> list[float]:
-        """log10 of the paper's learning rate η̃ of the next step, one float a group (η̃ itself leaves the range
-        of a float in long runs). For an ordinary group, log10 of its LR; −inf where the LR is 0.
+        """log10 of the paper's learning rate η̃ of the next step, one float for each group (η̃ itself leaves the
+        range of a float in long runs). For an ordinary group, log10 of its LR; −inf if the LR is 0.
         """
         self._read_back()
         return [
@@ -158,12 +147,9 @@ class SGD(FusedOptimizer):
                 has_sparse_grad=any(p.grad.is_sparse for p in params),
                 foreach=False,
                 fused=False,
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
+                **{
+                    key: group[key] for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+                },
             )
             if group["momentum"] != 0:
                 for param, buf in zip(params, bufs, strict=True):

@@ -1,4 +1,4 @@
-"""What texp bench measured: a record for each model and candidate, as CSV, as a table and as a figure."""
+"""The results of texp bench, a record for each model and candidate: as CSV, table and figure."""
 
 import csv
 import itertools
@@ -13,21 +13,21 @@ from texp.bench.timing import Times
 
 FUSED = "torch fused"
 
-# A record: the columns of the CSV and what they say.
+# The columns of the CSV and what they mean.
 FIELDS = {
     "device": "cpu or cuda",
-    "processor": "model of the CPU, or name of the GPU; empty where the system does not tell",
-    "instruction_set": "that the C++ core uses; empty on cuda, and without the core",
-    "threads": "of torch, on the CPU",
-    "model": "whose shapes are stepped, of texp.bench.shapes.MODELS",
-    "tensors": "how many the model has",
-    "parameters": "elements of all tensors, in float32",
+    "processor": "model of the CPU or GPU; empty if unknown",
+    "instruction_set": "used by the C++ core; empty on cuda, and without the core",
+    "threads": "CPU threads of torch",
+    "model": "whose shapes are stepped; see texp.bench.shapes.MODELS",
+    "tensors": "number of tensors",
+    "parameters": "elements of all tensors, float32",
     "candidate": "the optimizer, and how it takes its steps",
-    "bytes": "moved by a step: 20 for each parameter, because it reads p, g and b and writes p and b",
-    "repeats": "counted calls",
-    "median_us": "microseconds of a call, until its work is done",
-    "q1_us": "first quartile of the same",
-    "q3_us": "third quartile of the same",
+    "bytes": "moved by a step: 20 for each parameter, which reads p, g and b and writes p and b",
+    "repeats": "number of timed calls",
+    "median_us": "microseconds of a call, until the device is done",
+    "q1_us": "first quartile",
+    "q3_us": "third quartile",
     "host_us": "median microseconds of the host: on cuda until the call returns, without waiting for the device; "
     "on cpu all that a step of tiny tensors takes, and empty for other models",
     "gb_per_s": "10^9 bytes a second: bytes over median_us",
@@ -39,13 +39,13 @@ FIELDS = {
 
 
 def figures(times: dict[str, Times], bytes_: int, copy_gb_per_s: float, host: bool) -> dict[str, dict]:
-    """By candidate, the fields that its times make.
+    """The fields that are computed from the times, by candidate.
 
     Args:
-        times: by candidate; FUSED among them.
+        times: by candidate, FUSED among them.
         bytes_: moved by a step.
-        copy_gb_per_s: what the copy reached.
-        host: whether the overhead of the host shows in the times.
+        copy_gb_per_s: bandwidth of the copy.
+        host: whether the times show the overhead of the host.
     """
     fused = statistics.median(times[FUSED].total)
     made = {}
@@ -67,7 +67,7 @@ def figures(times: dict[str, Times], bytes_: int, copy_gb_per_s: float, host: bo
 
 
 def saved(records: Iterable[dict], path: Path) -> Iterator[dict]:
-    """Passes the records on, each once it stands in the CSV, so that an interruption loses none."""
+    """Yields the records, each after writing it to the CSV, so that an interruption loses none."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, tuple(FIELDS))
         writer.writeheader()
@@ -78,11 +78,9 @@ def saved(records: Iterable[dict], path: Path) -> Iterator[dict]:
 
 
 def table(records: list[dict]) -> Table:
-    """Of the console, with the figures that one compares."""
+    """For the console."""
     numbers = ("median_us", "host_us", "gb_per_s", "share_of_copy", "speedup_over_torch_fused")
-    table = Table(title=_machine(records[0]))
-    for name in ("model", "candidate"):
-        table.add_column(name)
+    table = Table("model", "candidate", title=_machine(records[0]))
     for name in numbers:
         table.add_column(name, justify="right", overflow="fold")
     for model, of_model in itertools.groupby(records, key=lambda record: record["model"]):
@@ -98,7 +96,7 @@ def _machine(record: dict) -> str:
 
 
 def pyplot() -> ModuleType:
-    """matplotlib's, drawing into files: there need not be a display."""
+    """matplotlib.pyplot for figures in files, which needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,7 +106,7 @@ def pyplot() -> ModuleType:
 
 
 def plot(csv_path: Path, path: Path) -> None:
-    """Draws the speed-ups over torch's fused step, from a CSV of `saved`."""
+    """Plots the speed-ups over torch's fused step from a CSV of `saved`."""
     plt = pyplot()
     with csv_path.open() as file:
         records = list(csv.DictReader(file))

@@ -1,10 +1,12 @@
-"""Step time of texp.SGD against torch.optim.SGD, in one run: every candidate steps the same parameters in turn, with
-warm caches (texp.bench.timing)."""
+"""Step time of texp.SGD and torch.optim.SGD: in one run, the candidates take turns stepping the same parameters, with
+warm caches (texp.bench.timing).
+"""
 
 import math
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,25 +19,26 @@ from texp.bench.timing import Times, take_turns
 
 _BYTES = 20
 
-_TINY = 100  # elements: in a step of such tensors, arithmetic and memory take no time worth naming
+_TINY = 100  # elements: for such tensors the time is overhead, not arithmetic or memory
 
 _MOST_FOR_REFERENCE = 20_000_000  # parameters
 
-# So small that a million steps move a parameter by no more than ten times its gradient.
+# A million steps move a parameter by at most ten times its gradient.
 _ARGUMENTS = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """By name; of texp, each backend that is available, in ordinary and in exponential groups, and with its
-    scale on the device.
+    """What to time, by name: torch's three implementations and every available backend of texp, with ordinary groups,
+    with exponential groups, and with its scale on the device.
 
-    The reference backend is left out above 20 million parameters: it is there to be read, not to be fast, and would
-    take most of the time.
+    The reference backend is left out above 20 million parameters: it is not made to be fast and would take most of
+    the time.
     """
+    torch_sgd = partial(torch.optim.SGD, **_ARGUMENTS)
     made: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "torch for-loop": lambda groups: _torch(groups, foreach=False),
-        "torch foreach": lambda groups: _torch(groups, foreach=True),
-        FUSED: lambda groups: _torch(groups, fused=True),
+        "torch for-loop": partial(torch.optim.SGD, **_ARGUMENTS, foreach=False),
+        "torch foreach": partial(torch.optim.SGD, **_ARGUMENTS, foreach=True),
+        FUSED: partial(torch.optim.SGD, **_ARGUMENTS, fused=True),
     }
     for name, reason in backends.available().items():
         backend = backends.ALL[name]
@@ -43,31 +46,23 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
             continue
         if name == "reference" and parameters > _MOST_FOR_REFERENCE:
             continue
-        made[f"texp {name}"] = lambda groups, name=name: _texp(groups, backend=name)
-        made[f"texp {name} exponential"] = lambda groups, name=name: _texp(groups, backend=name, scale_invariant=True)
+        made[f"texp {name}"] = of_backend = partial(texp.SGD, **_ARGUMENTS, backend=name)
+        made[f"texp {name} exponential"] = partial(of_backend, scale_invariant=True)
         if backend.advances:
-            made[f"texp {name} capturable"] = lambda groups, name=name: _texp(groups, backend=name, capturable=True)
+            made[f"texp {name} capturable"] = partial(of_backend, capturable=True)
     return made
-
-
-def _torch(groups, **arguments) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, **_ARGUMENTS, **arguments)
-
-
-def _texp(groups, **arguments) -> torch.optim.Optimizer:
-    return texp.SGD(groups, **_ARGUMENTS, **arguments)
 
 
 def run(
     device: str, models: Iterable[str], seconds: float, report: Callable[[str], object] = lambda text: None
 ) -> Iterator[dict]:
-    """Yields one record (texp.bench.report.FIELDS) for each model and candidate, those of a model when it is done.
+    """Yields one record (texp.bench.report.FIELDS) for each model and candidate, model by model.
 
     Args:
         device: "cpu" or "cuda".
         models: names of texp.bench.shapes.MODELS.
-        seconds: how long each candidate steps each model, or longer, until texp.bench.timing has its least repeats.
-        report: told what is measured next, before each turn.
+        seconds: minimum time for each candidate and model; see texp.bench.timing.take_turns.
+        report: called before each turn with a description of it.
     """
     run_on = _machine(device)
     copy_gb_per_s = copy_bandwidth(device, seconds, report)
@@ -94,10 +89,10 @@ def _time_model(device: str, model: str, seconds: float, report: Callable[[str],
 
 
 def copy_bandwidth(device: str, seconds: float, report: Callable[[str], object] = lambda text: None) -> float:
-    """GB/s, read and written, of a copy of 400 MB.
+    """Bandwidth, in GB/s read and written, of a copy of 400 MB.
 
-    On a CPU a step may reach more, a share above 1: a copy also reads the cache lines that it overwrites, uncounted
-    (write-allocate), while a step in place reads them anyway; and small models fit the caches.
+    On a CPU a step may exceed it: a copy also reads the cache lines that it overwrites (write-allocate), which is not
+    counted, whereas a step in place reads them anyway; and small models fit into the caches.
     """
     source = torch.randn(100_000_000, device=device)
     target = torch.empty_like(source)
@@ -123,7 +118,7 @@ def _machine(device: str) -> dict:
 
 
 def cpu_model() -> str:
-    """Empty where the system does not tell."""
+    """Empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Times callables in turns, so that what disturbs the machine disturbs all of them."""
+"""Times callables in turns, so that disturbances affect all of them alike."""
 
 import random
 import statistics
@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 TURN_SECONDS = 0.02
 FEWEST_CALLS, MOST_CALLS = 2, 2000  # of a turn
 FEWEST_REPEATS = 15
-_ESTIMATES = 5  # calls, not counted, that say how long a call takes
+_ESTIMATES = 5  # uncounted calls that estimate the time of a call
 
 
 @dataclass
 class Times:
     """Of one candidate, in seconds."""
 
-    total: list[float] = field(default_factory=list)  # of each counted call, until its work is done
+    total: list[float] = field(default_factory=list)  # of each counted call, until the device is done
     host: list[float] = field(default_factory=list)  # of the same calls, until they return
-    spent: float = 0.0  # in its turns, including the calls that are not counted
+    spent: float = 0.0  # in its turns, uncounted calls included
 
 
 def take_turns(
@@ -31,15 +31,15 @@ def take_turns(
 ) -> dict[str, Times]:
     """Times each candidate for `seconds`, or up to a turn longer, with at least FEWEST_REPEATS counted calls.
 
-    In every round each candidate that is not done takes one turn: as many calls as fit TURN_SECONDS, within
-    FEWEST_CALLS and MOST_CALLS. The first call of a turn finds the caches full of the others' data; it is never
-    counted, so that all are timed alike, warm. The order is shuffled in each round, the same way in each run.
+    In every round each candidate that is not done takes one turn: as many calls as fit into TURN_SECONDS, between
+    FEWEST_CALLS and MOST_CALLS. The first call of a turn, which finds the caches full of other data, is not counted.
+    The order is shuffled in every round, with a fixed seed.
 
     Args:
-        steps: what to call, by the candidate's name.
-        wait: returns when the device has done the work of the calls so far.
-        on_turn: told the candidate's name before its calls, while no time is taken.
-        clock: seconds.
+        steps: the candidates by name.
+        wait: waits for the device.
+        on_turn: called with the candidate's name before its turn, untimed.
+        clock: returns seconds.
     """
 
     def call(step: Callable[[], object]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Which parameters of a model are scale-invariant together: found from gradients alone, for any nn.Module.
+"""Finds which parameters of a model are scale-invariant together, from gradients alone, for any nn.Module.
 
 A set S of parameters is invariant when f(cθ_S, θ_rest) = f(θ_S, θ_rest) for every c > 0. By Euler that is so
 exactly when Σ_{i∈S} ⟨p_i, ∂f/∂p_i⟩ = 0 everywhere, so a row M[i] = ⟨p_i, ∂(r·f(x))/∂p_i⟩ for random x and r, at a
@@ -24,10 +24,10 @@ from texp.invariance.equations import FREE, AuditError, Bounds, Equations, large
 from texp.invariance.probe import Probe, no_trace, untouched
 from texp.step.norm_stats import NormStat
 
-PATIENCE = 8  # the rank has settled when it did not grow for so many inputs
-FACTORS = (2.0, 0.5, 2.0**4, 2.0**10, 2.0**20)  # large ones, so that what clips far away clips
-LARGE_EPS = 0.01  # relative change of the output, when weights are doubled, that one is warned of
-TRIES = 4  # to solve the equations and confirm the set, with more rows each time
+PATIENCE = 8  # the rank has settled when this many inputs have not increased it
+FACTORS = (2.0, 0.5, 2.0**4, 2.0**10, 2.0**20)  # large enough to reach activations that clip
+LARGE_EPS = 0.01  # relative change of the output, when weights are doubled, above which to warn
+TRIES = 4  # attempts to solve the equations and confirm the set, each with more rows
 
 PINNED = "moves the output, whatever is scaled with it"
 OPPOSED = "only while another shrinks"
@@ -120,11 +120,11 @@ def audit(
             tensors. Default: model(*inputs).
         hold: (name, parameter) → whether it must not be scaled, as it has no weight decay. Default: none of the
             trainable ones.
-        seed: of all that is drawn; the result is a function of it.
-        max_rows: how many rows may be collected. Default: as many as can be needed.
+        seed: random seed; determines the result.
+        max_rows: maximum number of rows. Default: as many as can be needed.
         device, dtype: of the copy; defaults: the model's device, float64. float32 is faster, but deep models need
             float64 to tell small effects from rounding; an AuditError says so.
-        progress: called with (rows, rank, max_rows) now and then.
+        progress: called with (rows, rank, max_rows) from time to time.
 
     Costs one forward and two backward passes for each pair of rows; there are about as many rows as parameters
     and norms, at most. Needs scipy. The model, its buffers and grads, and the global random states are left as they
@@ -137,9 +137,7 @@ def audit(
     and for buffers that grow with the weights but are no running statistics known here.
     """
     scipy_optimize()  # an ImportError before the work rather than after it
-    if device is None:
-        device = next((p.device for p in model.parameters()), "cpu")
-    device = torch.device(device)
+    device = torch.device(next((p.device for p in model.parameters()), "cpu") if device is None else device)
     if dtype not in (torch.float64, torch.float32):
         raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}")
     with no_trace(device, dtype), untouched(model):
@@ -186,19 +184,16 @@ def param_groups(
         dtype=dtype, progress=progress,
     )  # fmt: skip
     tensors = dict(model.named_parameters())
-    stats = [_norm_stat(model, name, power) for name, power in found.norm_stats]
+    # Named by their modules, they are found wherever the model moves.
+    paths = [(*name.rpartition(".")[::2], name, power) for name, power in found.norm_stats]
+    stats = [NormStat(model.get_submodule(path), last, power=power, name=name) for path, last, name, power in paths]
     placed = {name for name, _ in found.norm_stats}.union(found.invariant)
     rest = {name: p for name, p in model.named_parameters() if name not in placed}
     still = [name for name, p in rest.items() if no_decay is not None and no_decay(name, p)]
     groups = [
-        {
-            **options,
-            "params": [tensors[name] for name in found.invariant],
-            "scale_invariant": True,
-            "norm_stats": stats,
-        },
-        {**options, "params": [p for name, p in rest.items() if name not in still], "scale_invariant": False},
-        {**options, "params": [rest[n] for n in still], "scale_invariant": False, "weight_decay": 0.0},
+        {"params": [tensors[name] for name in found.invariant], "scale_invariant": True, "norm_stats": stats},
+        {"params": [p for name, p in rest.items() if name not in still], "scale_invariant": False},
+        {"params": [rest[name] for name in still], "scale_invariant": False, "weight_decay": 0.0},
     ]
     if not found.invariant:
         warnings.warn(
@@ -217,13 +212,7 @@ def param_groups(
             "the scale-invariant weights are doubled, so that training will differ from that of torch.optim.SGD",
             stacklevel=2,
         )
-    return [group for group in groups if group["params"]]
-
-
-def _norm_stat(model: nn.Module, name: str, power: float) -> NormStat:
-    """By its module, where it is found wherever the model moves."""
-    path, _, last = name.rpartition(".")
-    return NormStat(model.get_submodule(path), last, power=power, name=name)
+    return [{**options, **group} for group in groups if group["params"]]
 
 
 def bias_or_norm(name: str, parameter: nn.Parameter) -> bool:
@@ -247,19 +236,18 @@ def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
         try:
             return _solved(model, probe, equations, hold)
         except AuditError as error:
-            # Otherwise more rows may tell, of a branch that few inputs reach, say.
+            # More rows may help, for example with a branch that few inputs reach.
             if tries_left == 0 or (max_rows is not None and equations.count >= max_rows):
                 raise AuditError(f"{error}{_seldom(probe, equations)}") from error
             if isinstance(error, UnconfirmedError):
-                # Activations that clip, as ReLU6 does, look invariant where they do not: here is more to be learned.
+                # Activations that clip, such as ReLU6, look invariant where they do not clip: go on where they do.
                 probe.rescale(error.powers, error.c)
     raise AssertionError("TRIES is at least 1")
 
 
 def _seldom(probe: Probe, equations: Equations) -> str:
-    """What to do about parameters that only some of the inputs reach."""
-    rows = [(rows, name) for rows, name in zip(equations.reached(), probe.params, strict=True) if rows]
-    fewest, name = min(rows)
+    """Advice for parameters that only some of the inputs reach."""
+    fewest, name = min((n, name) for n, name in zip(equations.reached(), probe.params, strict=True) if n)
     if fewest >= PATIENCE:
         return ""
     return f". Only {fewest} of {equations.count} rows see {name}: a larger example would tell more, if it reaches it"
@@ -274,7 +262,7 @@ class UnconfirmedError(AuditError):
 
 
 def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit:
-    """The answer that the equations give, confirmed."""
+    """Solves the equations and confirms the solution."""
     names, norms = list(probe.params), list(probe.norms.values())
     effect, seen = equations.effects()
     reached = equations.reached()
@@ -283,7 +271,8 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
     params = dict(model.named_parameters())
     held = [hold(name, params[name]) for name in names]
     sizes = [params[name].numel() for name in names]
-    # What only running statistics see has no gradient: without decay it never moves, and may follow any power.
+    # A parameter that only running statistics see has no gradient. Without decay it never moves and may follow any
+    # power.
     follows = [h and s and not e for h, s, e in zip(held, seen, effect, strict=True)]
     bounds = [
         FREE if f else (0, 0 if h or not (e or s) else 1)
@@ -299,17 +288,14 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
     probe.as_it_was(model)
     eps_deviation = probe.scaled(powers, 2.0).output if invariant else 0.0
 
-    reasons = {}
-    for i, name in enumerate(names):
-        if name in powers and name not in invariant:
-            reasons[name] = FOLLOWS
-        elif name not in invariant:
-            reasons[name] = (
-                UNREACHED if not reached[i]
-                else HELD if held[i]
-                else NO_EFFECT if not (effect[i] or seen[i])
-                else _why_not(i, reduced, bounds)
-            )  # fmt: skip
+    reasons = {
+        name: FOLLOWS if name in powers
+        else UNREACHED if not reached[i]
+        else HELD if held[i]
+        else NO_EFFECT if not (effect[i] or seen[i])
+        else _why_not(i, reduced, bounds)
+        for i, name in enumerate(names) if name not in invariant
+    }  # fmt: skip
     return Audit(
         invariant=invariant,
         sets=[[names[i] for i in part] for part in parts(reduced, chosen, follows)],
@@ -330,15 +316,12 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
 
 
 def _collect(equations: Equations, probe: Probe, max_rows: int | None, progress) -> None:
-    """Adds rows until their rank has settled; raises AuditError where it has not after max_rows."""
+    """Adds rows until their rank has settled; raises AuditError if it has not after max_rows."""
     limit = equations.count + 2 * (equations.n + equations.K + 2 * PATIENCE) if max_rows is None else max_rows
-    start = done = len(set(equations.inputs))
-    rank = 0
+    start, rank = len(equations.inputs), 0
     while equations.count < limit:
-        for row in probe.rows():
-            equations.rows.append(row)
-            equations.inputs.append(done)
-        done += 1
+        equations.inputs.append(list(probe.rows()))
+        done = len(equations.inputs)
         if done % (PATIENCE // 2) == 0:
             rank = equations.rank()
             if progress is not None:
@@ -381,8 +364,7 @@ def _confirm(
     growth = {}
     for name, power in changes[0].powers.items():
         norm, _, kind = name.rpartition(".")
-        order = 2 if kind == "running_var" else 1
-        expected = order * degrees[norm] if norm in degrees else power
+        expected = (2 if kind == "running_var" else 1) * degrees[norm] if norm in degrees else power
         measured = [change.powers[name] for change in changes if not math.isnan(change.powers[name])]
         if not all(abs(p - _snap(expected)) <= 1e3 * tol for p in measured):
             raise AuditError(

@@ -1,4 +1,4 @@
-"""The C++ core: loaded from where an installation, `texp build` or an earlier use has put it, or else built."""
+"""The C++ core: loaded if an installation, `texp build` or an earlier use has built it, built otherwise."""
 
 import contextlib
 import glob
@@ -9,11 +9,11 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-import torch  # its libraries are to be there before those of the core
+import torch  # before the core, which needs its libraries
 from filelock import FileLock
 
 from texp import torch_internals
@@ -24,34 +24,34 @@ MODULE = "texp._C"
 
 EXPECTED_TIME = "about half a minute"  # on two cores, with nvcc
 
-_missing: dict[str, str] = {}  # why a part is missing, by its variable (build.PARTS); after `load`
+_missing: dict[str, str] = {}  # why a part is missing, by variable (build.PARTS); set by `load`
 _has_given_up = False
 
 
 class MissingError(RuntimeError):
-    """What the environment insists on cannot be had, in one line."""
+    """A part that the environment requires is missing; the message is one line."""
 
 
 def core() -> ModuleType | None:
-    """The core, if it has been loaded."""
+    """The core if it is loaded, else None."""
     return sys.modules.get(MODULE)
 
 
 def why_missing(variable: str) -> str:
-    """Why the core (TEXP_NATIVE) or the CUDA kernel (TEXP_CUDA) is missing, once :func:`load` has found out."""
-    return _missing.get(variable, "the core that is loaded comes without it")  # by an import of texp before this one
+    """Why the core (TEXP_NATIVE) or the CUDA kernel (TEXP_CUDA) is missing, after a call of :func:`load`."""
+    return _missing.get(variable, "the core that is loaded comes without it")  # by an earlier import of texp
 
 
 def load(*, may_build: bool) -> ModuleType | None:
     """The core for this torch and this Python, or None; then :func:`why_missing` says why.
 
     Args:
-        may_build: build one if there is none, which takes EXPECTED_TIME and is said on stderr; other processes that
-            need the same one wait for it. If that fails, a warning says why, and this process does not try again,
-            nor, unless the build was only interrupted, do others with the same compilers.
+        may_build: build it if necessary, which takes EXPECTED_TIME and is announced on stderr; other processes that
+            need the same core wait. If it fails, a warning says why. This process does not try again, and, unless the
+            build was interrupted, neither do others with the same compilers.
 
-    Raises ValueError where TEXP_NATIVE, TEXP_CUDA or TEXP_CUDA_ARCHS has a value that it cannot have, and
-    MissingError where one of the first two is 1 but its part cannot be built.
+    Raises ValueError if TEXP_NATIVE, TEXP_CUDA or TEXP_CUDA_ARCHS has an invalid value, and MissingError if one of
+    the first two is 1 but its part cannot be built.
     """
     global _has_given_up
     if build.setting("TEXP_NATIVE") == "0":
@@ -62,34 +62,33 @@ def load(*, may_build: bool) -> ModuleType | None:
     if _has_given_up:
         return None
     try:
-        return _find_or_build(cache if may_build else None)
+        return _find_or_build(cache() if may_build else None)
     except BuildError as error:
         _missing["TEXP_NATIVE"] = str(error)
         if may_build:
             for variable, part in build.PARTS.items():
                 if build.setting(variable) == "1":
                     raise MissingError(f"{variable}=1 asks for {part}, but {error}") from None
-            if not _has_given_up:  # in another thread meanwhile
+            if not _has_given_up:  # another thread may have
                 _has_given_up = True
                 warnings.warn(f"texp goes on without its C++ core: {error}", stacklevel=2)
         return None
 
 
 def build_ahead() -> Path:
-    """Builds the core unless it is there, as :func:`load` does, but also where that has failed before.
+    """Builds the core if necessary, as :func:`load` does, but also if that has failed before.
 
-    It goes where texp is installed, so that it is there for all users, or else to where the first use would put it.
-    Returns the path of the library; raises BuildError, ValueError as `load`.
+    It is put where texp is installed, for all users, or if that is read-only, where the first use would put it.
+    Returns the path of the library. Raises BuildError, and ValueError as `load`.
     """
     if build.setting("TEXP_NATIVE") == "0":
         raise BuildError(_turned_off("TEXP_NATIVE"))
-    installed = build.PACKAGE / build.CORES
-    module = _find_or_build(lambda: installed if os.access(build.PACKAGE, os.W_OK) else cache(), again=True)
-    return Path(module.__file__)
+    root = build.PACKAGE / build.CORES if os.access(build.PACKAGE, os.W_OK) else cache()
+    return Path(_find_or_build(root, again=True).__file__)
 
 
 def main() -> int:
-    """The command `texp build`: prints the path of the core; returns the exit code."""
+    """The command `texp build`: prints the path of the core and returns the exit code."""
     try:
         print(build_ahead())
     except (BuildError, ValueError) as error:
@@ -101,7 +100,7 @@ def main() -> int:
 
 
 def cache() -> Path:
-    """The folder for cores that are built on first use: TORCH_EXTENSIONS_DIR, or torch's own, and `texp` in it."""
+    """The folder of cores built on first use: `texp` in TORCH_EXTENSIONS_DIR or in torch's default for it."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or torch_internals.extensions_folder()) / "texp"
 
 
@@ -110,22 +109,17 @@ def _turned_off(variable: str) -> str:
     return f"{variable}=0 {how}"
 
 
-def _variants() -> list[bool]:
-    """Whether the core is to have the CUDA kernel, in the order of preference."""
-    wanted = build.setting("TEXP_CUDA")
-    if wanted == "0":
-        _missing["TEXP_CUDA"] = _turned_off("TEXP_CUDA")
-    return {"auto": [True, False], "1": [True], "0": [False]}[wanted]
-
-
-def _find_or_build(root: Callable[[], Path] | None, *, again: bool = False) -> ModuleType:
+def _find_or_build(root: Path | None, *, again: bool = False) -> ModuleType:
     """The core, loaded.
 
     Args:
-        root: says where to build it if there is none; None: not at all.
-        again: whether to try what has failed before.
+        root: the folder to build it in; None: do not build.
+        again: retry what has failed before.
     """
-    variants = _variants()
+    wanted = build.setting("TEXP_CUDA")
+    if wanted == "0":
+        _missing["TEXP_CUDA"] = _turned_off("TEXP_CUDA")
+    variants = {"auto": [True, False], "1": [True], "0": [False]}[wanted]  # with the CUDA kernel, or without it
     for with_cuda in variants:
         name = build.core_name(with_cuda)
         folders = _folders(name)
@@ -137,9 +131,9 @@ def _find_or_build(root: Callable[[], Path] | None, *, again: bool = False) -> M
                 _check_failed_before(folders, with_cuda)
             if root is None:
                 raise _NotYetError(f"it is not built yet: the first use does it, or `texp build` ({EXPECTED_TIME})")
-            return _build(root(), name, with_cuda, again)
+            return _build(root, name, with_cuda, again)
         except BuildError as error:
-            # Without the kernel it may be there, or be built, all the same.
+            # It may exist, or be possible to build, without the kernel.
             if with_cuda is variants[-1] or isinstance(error, _NotYetError):
                 raise
             _missing["TEXP_CUDA"] = str(error)
@@ -151,16 +145,17 @@ class _NotYetError(BuildError):
 
 
 def _folders(name: str) -> list[Path]:
-    """Where a core of that name may be. Unless GPUs are named now, those that the installation named will do."""
+    """Where a core of that name may be. Unless TEXP_CUDA_ARCHS is set, one for whatever GPUs the installation named
+    will do."""
     installed = build.PACKAGE / build.CORES
     others = [] if os.environ.get("TEXP_CUDA_ARCHS") else sorted(installed.glob(f"{glob.escape(name)}_*"))
     return [installed / name, *others, cache() / name]
 
 
 def _load_from(folders: Iterable[Path]) -> ModuleType | None:
-    """The core of one of these folders; None where there is none that can be loaded."""
+    """The core in one of these folders; None if none can be loaded."""
     for folder in folders:
-        # It is built again. OSError: it cannot be looked into, as that of another user.
+        # Otherwise it is built again. OSError: the folder may be another user's.
         with contextlib.suppress(ImportError, OSError):
             if (path := folder / build.CORE_FILE).exists():
                 return _import(path)
@@ -176,19 +171,21 @@ def _import(path: Path) -> ModuleType:
 
 
 def _build(root: Path, name: str, with_cuda: bool, again: bool) -> ModuleType:
-    """Builds the core, or waits for another process that does, and loads it."""
+    """Builds the core, or waits for another process to build it, and loads it."""
     folder = root / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Not torch's FileBaton, a file that a killed process leaves behind: this lock ends with its process.
+        # Not torch's FileBaton, which a killed process leaves locked: this lock ends with its process.
         with FileLock(folder / "lock"):
             if (module := _load_from([folder])) is not None:
                 return module
             if not again:
                 _check_failed_before([folder], with_cuda)
-            for leftover in folder.glob(f"{build.SCRATCH}*"):  # of a build that was interrupted
+            for leftover in folder.glob(f"{build.SCRATCH}*"):  # of an interrupted build
                 shutil.rmtree(leftover, ignore_errors=True)
-            print(_announcement(with_cuda), file=sys.stderr, flush=True)
+            parts = f"C++ core{' and the CUDA kernel' if with_cuda else ''}"
+            of = f"torch {torch.__version__} and Python {platform.python_version()}"
+            print(f"texp: building the {parts} for {of}, once: {EXPECTED_TIME}", file=sys.stderr, flush=True)
             try:
                 return _import(build.build(root, with_cuda))
             except CompileError as error:
@@ -197,20 +194,15 @@ def _build(root: Path, name: str, with_cuda: bool, again: bool) -> ModuleType:
                 why = f"it was built but does not load: {error}"
                 build.note_failure(folder, with_cuda, why)
                 raise _failure(folder, why) from None
-    except (OSError, NotImplementedError) as error:  # the second where the file system knows no locks
+    except (OSError, NotImplementedError) as error:  # the latter if the file system has no locks
         raise BuildError(
             f"{root} cannot be used ({getattr(error, 'strerror', None) or error}); set TORCH_EXTENSIONS_DIR to a "
             "folder that can be written to"
         ) from None
 
 
-def _announcement(with_cuda: bool) -> str:
-    of = f"torch {torch.__version__} and Python {platform.python_version()}"
-    return f"texp: building the C++ core{' and the CUDA kernel' if with_cuda else ''} for {of}, once: {EXPECTED_TIME}"
-
-
 def _check_failed_before(folders: Iterable[Path], with_cuda: bool) -> None:
-    """Raises BuildError if the core of one of these folders could not be built with the same compilers."""
+    """Raises BuildError if a build in one of these folders has failed with the same compilers."""
     for folder in folders:
         if (why := build.failed_before(folder, with_cuda)) is not None:
             raise _failure(folder, why)

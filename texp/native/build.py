@@ -1,8 +1,8 @@
 """How the C++ core and its CUDA kernel are compiled: for setup.py, for `texp build` and on first use (texp.native).
 
-setup.py reads this file where there is no torch, so nothing but the standard library is imported until something is
-compiled. A core stands in a folder whose name says what it was made for and from. Cores for other versions of torch
-or Python, or of other sources, stand beside it, and none is ever taken for another.
+setup.py loads this file without torch, so only the standard library is imported until something is compiled. The name
+of a core's folder says what the core was built for and from, so that cores for different versions of torch or Python,
+or of different sources, lie side by side and are never confused.
 """
 
 import hashlib
@@ -23,49 +23,48 @@ from typing import TextIO
 PACKAGE = Path(__file__).absolute().parent.parent
 
 SOURCES = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.resolve().parent / "csrc"
-"""Inside an installed package; beside it in a checkout, to which there may be a link."""
+"""In an installed package inside it, in a checkout (perhaps behind a link) beside it."""
 
 CORES = "_native"
-"""The folder of a package, or of a cache, that holds the folders of cores."""
+"""The folder, in the package, of the folders of cores."""
 
-SCRATCH = "building-"  # what the names of folders begin with that are there only while a core is built
+SCRATCH = "building-"  # prefix of temporary folders
 
 CORE_FILE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 CPP_SOURCES = ("bindings.cpp", "cpu/kernels.cpp")
 CUDA_SOURCE = "cuda/kernels.cu"
-WITH_CUDA = "TEXP_WITH_CUDA"  # the macro that they see where the CUDA kernel is to be linked
+WITH_CUDA = "TEXP_WITH_CUDA"  # macro: the CUDA kernel will be linked
 
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # torch's threads are OpenMP's
 FLAGS += [*OPENMP, *(["-fno-plt"] if OPENMP else [])]
 
-# For nvcc. The host computes the same rows and its tests compare bits, so no product is fused with a sum unless row.h
-# says so by name.
+# For nvcc. Host and device must compute the same bits, so products and sums are fused only where row.h says so.
 CUDA_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "80;90a;100+PTX"
-CUDA_LIBRARIES = ["rt", "pthread", "dl"]  # what CUDA's static runtime needs
+CUDA_LIBRARIES = ["rt", "pthread", "dl"]  # for CUDA's static runtime
 
 PARTS = {"TEXP_NATIVE": "the C++ core", "TEXP_CUDA": "the CUDA kernel"}
-"""By the variable that says whether they are built."""
+"""By the environment variable that controls them."""
 
 _LEFT_OUT = "left_out.txt"  # in the package's folder of cores
 _FAILED = "failed.json"  # in the folder of a core
 
 
 class BuildError(Exception):
-    """Why the core cannot be built, in one line."""
+    """The core cannot be built; the message is one line."""
 
 
 class CompileError(BuildError):
-    """The same, where it took a compiler to find out."""
+    """A compiler, linker or nvcc failed."""
 
     passing = False
-    """Whether the next time may well go better."""
+    """Whether a retry may succeed."""
 
 
 class SettingError(ValueError):
-    """Of a variable in the environment, in one line."""
+    """An environment variable has an invalid value; the message is one line."""
 
 
 _PASSING = re.compile(
@@ -75,10 +74,9 @@ _PASSING = re.compile(
 
 
 def setting(variable: str, installed: str | None = None) -> str:
-    """What the environment says of TEXP_NATIVE or TEXP_CUDA: auto, 0 or 1.
+    """TEXP_NATIVE or TEXP_CUDA from the environment: auto, 0 or 1; raises SettingError for another value.
 
-    Where it says nothing, `installed`: by default what the installation was told, 0 or else auto. Raises SettingError
-    for another value.
+    If it is not set, `installed`, by default what texp was installed with: 0 or else auto.
     """
     value = os.environ.get(variable) or installed or ("0" if variable in left_out() else "auto")
     if value not in ("auto", "0", "1"):
@@ -87,7 +85,7 @@ def setting(variable: str, installed: str | None = None) -> str:
 
 
 def left_out() -> list[str]:
-    """The variables of the parts that the installation was told to leave out."""
+    """The variables of the parts that texp was installed without."""
     try:
         return (PACKAGE / CORES / _LEFT_OUT).read_text().split()
     except OSError:
@@ -95,7 +93,7 @@ def left_out() -> list[str]:
 
 
 def write_left_out(package: Path, variables: list[str]) -> None:
-    """Makes the installation in `package` remember what it was told to leave out, and nothing of before."""
+    """Records which parts the installation in `package` was told to leave out."""
     note = package / CORES / _LEFT_OUT
     note.unlink(missing_ok=True)
     if variables:
@@ -106,8 +104,8 @@ def write_left_out(package: Path, variables: list[str]) -> None:
 def core_name(with_cuda: bool) -> str:
     """The folder of a core: torch-2.13.0+cpu-cpython-311-x86_64-linux-gnu-cuda-0123456789ab, say.
 
-    It says, or is a digest of, all that a core depends on but the compiler: torch and its ABI, Python's ABI, the
-    sources, the flags, and whether the CUDA kernel is in it. GPUs that TEXP_CUDA_ARCHS names follow: _80_90a.
+    The name holds, or is a hash of, all that a core depends on except the compiler: torch and its ABI, Python's ABI,
+    sources, flags, and whether the CUDA kernel is included. GPUs named by TEXP_CUDA_ARCHS follow: _80_90a.
     """
     import torch
 
@@ -117,7 +115,7 @@ def core_name(with_cuda: bool) -> str:
 
 
 def core_name_for(version: str, git_version: str, cxx11_abi: bool, file: str, with_cuda: bool) -> str:
-    """The same of a torch that may be none of this Python's, and of another Python's CORE_FILE."""
+    """The same for any torch, and the CORE_FILE of any Python."""
     made_from = [git_version, cxx11_abi, FLAGS, _sanitizers()]
     gpus = ""
     if with_cuda:
@@ -131,7 +129,7 @@ def core_name_for(version: str, git_version: str, cxx11_abi: bool, file: str, wi
 
 
 def compiler() -> str:
-    """The path of the C++ compiler, CXX in the environment or c++; raises BuildError where there is none."""
+    """The path of the C++ compiler, from CXX or else c++; raises BuildError if there is none."""
     name = (os.environ.get("CXX", "").split() or ["c++"])[0]
     path = shutil.which(name)
     if path is None:
@@ -140,13 +138,13 @@ def compiler() -> str:
 
 
 def toolkit() -> tuple[str, str]:
-    """The paths of nvcc and of CUDA's static runtime; raises BuildError where one is missing."""
+    """The paths of nvcc and of CUDA's static runtime; raises BuildError if one is missing."""
     home = os.environ.get("CUDA_HOME")
     folders = [f"{home}/bin"] if home else [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if nvcc is None:
         raise BuildError(f"there is no nvcc in {f'CUDA_HOME={home}' if home else 'PATH or /usr/local/cuda/bin'}")
-    # Where its libraries are, nvcc says itself: it may be a script, and every distribution has other folders.
+    # nvcc itself knows where its libraries are: folders differ between distributions, and nvcc may be a script.
     try:
         done = subprocess.run([nvcc, "--dryrun", "-c", "kernels.cu"], capture_output=True, text=True)
     except OSError as error:
@@ -158,12 +156,12 @@ def toolkit() -> tuple[str, str]:
 
 
 def tools(with_cuda: bool) -> str:
-    """The compilers that a core is built with, and when they were made: where one fails, another may not.
+    """Identifies the compilers, by paths and dates: where one failed, another may succeed.
 
-    Raises BuildError where one of them, or torch, is missing.
+    Raises BuildError if a compiler, torch or setuptools is missing.
     """
-    # Not torch.utils.cpp_extension, which asks CUDA for devices: a process that forks afterwards could use none. Nor
-    # setuptools, which takes the place of distutils and warns where that is there already.
+    # Does not import torch.utils.cpp_extension, which initialises CUDA, so that processes forked later could not use
+    # it; nor setuptools, which replaces distutils and warns if that is loaded.
     try:
         importlib.import_module("torch")
     except (ImportError, OSError) as error:
@@ -177,25 +175,24 @@ def tools(with_cuda: bool) -> str:
 def build(root: Path, with_cuda: bool) -> Path:
     """Compiles the core into root/core_name(with_cuda) and returns the path of the library.
 
-    The library appears there when it is complete: an interrupted build leaves none. What the compilers say goes to
-    build.log beside it.
+    The library appears there only when it is complete. The output of the compilers is in build.log beside it.
 
-    Raises BuildError where a compiler or torch is missing; CompileError, with the first error of the compiler, which
-    is noted for `failed_before` unless it is passing; OSError where `root` cannot be written to.
+    Raises BuildError if a compiler or torch is missing; CompileError, with the compiler's first error, which is
+    recorded for `failed_before` unless it is passing; OSError if `root` is not writable.
     """
     tools(with_cuda)
     folder = root.absolute() / core_name(with_cuda)
     folder.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder, ignore_cleanup_errors=True) as scratch,
-        (folder / "build.log").open("w", errors="backslashreplace") as log,  # names of folders may be no text
+        (folder / "build.log").open("w", errors="backslashreplace") as log,  # names of folders need not be valid text
     ):
         try:
             objects = compile_kernel(scratch, log) if with_cuda else []
-            # In a process of its own: what it prints is kept, and torch and setuptools change nothing here.
+            # In a separate process, so that its output is kept and torch and setuptools do not affect this one.
             code = "import runpy, sys; runpy.run_path(sys.argv[1])['compile_core'](*sys.argv[2:])"
             command = [sys.executable, "-c", code, str(Path(__file__).absolute()), str(SOURCES), scratch, *objects]
-            path = [entry for entry in sys.path if entry and isinstance(entry, str)]  # Python skips others, too
+            path = [entry for entry in sys.path if entry and isinstance(entry, str)]  # as Python does
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
             run(command, log, cwd=scratch, env=environment)
         except CompileError as error:
@@ -207,12 +204,12 @@ def build(root: Path, with_cuda: bool) -> Path:
 
 
 def note_failure(folder: Path, with_cuda: bool, why: str) -> None:
-    """Notes in the folder of a core why it cannot be had, for :func:`failed_before`."""
+    """Records why the core of this folder cannot be built, for :func:`failed_before`."""
     (folder / _FAILED).write_text(json.dumps({"tools": tools(with_cuda), "why": why}))
 
 
 def failed_before(folder: Path, with_cuda: bool) -> str | None:
-    """Why the core of this folder cannot be had, if that has been tried with the same compilers; else None."""
+    """Why building the core of this folder has failed, if it has with the same compilers; else None."""
     try:
         note = json.loads((folder / _FAILED).read_text())
         return note["why"] if note["tools"] == tools(with_cuda) else None
@@ -221,18 +218,18 @@ def failed_before(folder: Path, with_cuda: bool) -> str | None:
 
 
 def compile_core(sources: str, to: str, *objects: str) -> None:
-    """Compiles and links the core into the folder `to`, by torch's rules; `objects`: those of the CUDA kernel."""
+    """Compiles and links the core into the folder `to`, as torch builds extensions; `objects`: of the CUDA kernel."""
     from setuptools import Distribution
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     try:
         import ninja
     except ImportError:
-        pass  # torch can do without, one file after the other
-    else:  # its environment need not be activated
+        pass  # torch then compiles one file at a time
+    else:  # the virtual environment need not be activated
         os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", os.defpath)))
     if not os.environ.get("CXX", "").split():
-        os.environ.pop("CXX", None)  # torch would look for a compiler without a name
+        os.environ.pop("CXX", None)  # torch would run an empty command
     core = CppExtension(
         "_C",
         [f"{sources}/{name}" for name in CPP_SOURCES],
@@ -251,7 +248,7 @@ def compile_core(sources: str, to: str, *objects: str) -> None:
 
 
 def compile_flags() -> list[str]:
-    """Those for C++ that neither torch nor Python asks for."""
+    """Flags for C++ in addition to those of torch and Python."""
     return FLAGS + (["-g", "-fno-omit-frame-pointer", *_sanitizers()] if _sanitizers() else [])
 
 
@@ -260,12 +257,12 @@ def link_flags() -> list[str]:
 
 
 def _sanitizers() -> list[str]:
-    """Flags for those that TEXP_SANITIZE names, as in TEXP_SANITIZE=address,undefined."""
+    """From TEXP_SANITIZE, as in TEXP_SANITIZE=address,undefined."""
     return [f"-fsanitize={names}"] if (names := os.environ.get("TEXP_SANITIZE")) else []
 
 
 def compile_kernel(scratch: str, log: TextIO) -> list[str]:
-    """Returns what is to be linked. Torch's own command for CUDA sources is refused by a torch without CUDA."""
+    """Returns the objects to link. torch's own support for CUDA sources needs a torch built with CUDA."""
     nvcc, runtime = toolkit()
     made = f"{scratch}/cuda_kernels.o"
     command = [nvcc, *CUDA_FLAGS, *_arch_flags(nvcc), "-c", str(SOURCES / CUDA_SOURCE), "-o", made]
@@ -274,7 +271,7 @@ def compile_kernel(scratch: str, log: TextIO) -> list[str]:
 
 
 def archs() -> list[str]:
-    """For which GPUs the kernel is built: TEXP_CUDA_ARCHS or CUDA_ARCHS. Raises SettingError if that names none."""
+    """The GPU architectures of the kernel, from TEXP_CUDA_ARCHS or CUDA_ARCHS; raises SettingError if malformed."""
     listed = os.environ.get("TEXP_CUDA_ARCHS") or CUDA_ARCHS
     if not all(re.fullmatch(r"\d+[af]?(\+PTX)?", arch) for arch in listed.split(";")):
         raise SettingError(f"TEXP_CUDA_ARCHS must be like {CUDA_ARCHS}, got {listed!r}")
@@ -282,8 +279,9 @@ def archs() -> list[str]:
 
 
 def _arch_flags(nvcc: str) -> list[str]:
-    """Unless they were asked for, architectures that nvcc is too old for are left out; newer GPUs than those that are
-    left compile the PTX of the newest."""
+    """Default architectures that nvcc is too old for are left out; newer GPUs compile the PTX of the newest that is
+    left.
+    """
     wanted = [arch.partition("+")[::2] for arch in archs()]
     if not os.environ.get("TEXP_CUDA_ARCHS"):
         known = re.findall(r"\d+", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout)
@@ -293,7 +291,7 @@ def _arch_flags(nvcc: str) -> list[str]:
 
 
 def run(command: list[str], log: TextIO, **options) -> None:
-    """Runs a compiler and keeps what it says in `log`; raises CompileError where it fails."""
+    """Runs a compiler with its output in `log`; raises CompileError if it fails."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **options
     )
@@ -306,7 +304,7 @@ def run(command: list[str], log: TextIO, **options) -> None:
 
 
 def first_error(output: str) -> str:
-    """The first error that a compiler, linker or nvcc reports, or else the last line; "" where there is no line."""
+    """The first error in the output of a compiler, linker or nvcc, or else its last line."""
     lines = [" ".join(line.split()) for line in output.splitlines() if line.strip()]
     pattern = r"\b(error|fatal)( \w+)?\s*:|\bundefined reference\b|\bld\b.*: cannot "
     error = next((line for line in lines if re.search(pattern, line, re.IGNORECASE)), (lines or [""])[-1])
