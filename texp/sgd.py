@@ -100,11 +100,8 @@ class SGD(FusedOptimizer):
         # The errors of torch.optim.SGD, in its order and words; NaN and infinity, which it accepts, are refused.
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        for what, value in (
-            ("learning rate", lr),
-            ("momentum value", momentum),
-            ("weight_decay value", weight_decay),
-        ):
+        numbers = {"learning rate": lr, "momentum value": momentum, "weight_decay value": weight_decay}
+        for what, value in numbers.items():
             if not 0 <= value < float("inf"):
                 raise ValueError(f"Invalid {what}: {value}")
         if nesterov and (momentum <= 0 or dampening != 0):
@@ -113,19 +110,11 @@ class SGD(FusedOptimizer):
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        options = {"backend": backend, "capturable": capturable, "momentum_dtype": momentum_dtype}
-        super().__init__(params, {**defaults, "scale_invariant": True} if scale_invariant else defaults, **options)
+        defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
+        defaults.update(maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused)
+        if scale_invariant:
+            defaults["scale_invariant"] = True
+        super().__init__(params, defaults, backend=backend, capturable=capturable, momentum_dtype=momentum_dtype)
 
     @unwrapped
     def log10_lr(self) -> list[float]:
@@ -157,12 +146,9 @@ class SGD(FusedOptimizer):
                 has_sparse_grad=any(p.grad.is_sparse for p in params),
                 foreach=False,
                 fused=False,
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
+                **{
+                    key: group[key] for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+                },
             )
             if group["momentum"] != 0:
                 for param, buf in zip(params, bufs, strict=True):

@@ -174,12 +174,7 @@ def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_s
     first_row = running
     if momentum != 0:
         first_row = running._replace(a_b=0.0, a_g=sign, a_p=(kappa_first - kappa_c) / P2)
-    idle = Row(
-        a_b=alpha,
-        a_p=alpha * (kappa - after.kappa) / P2,
-        s_p=shrink / alpha,
-        r_u=1 / shrink,
-    )
+    idle = Row(a_b=alpha, a_p=alpha * (kappa - after.kappa) / P2, s_p=shrink / alpha, r_u=1 / shrink)
     return Step(running, first_row, idle, after, alpha, shrink / alpha)
 
 
@@ -324,10 +319,8 @@ def texp_phases(
     Raises ValueError as `alpha_star`, and for milestones that are not ascending positive integers.
     """
     milestones = list(milestones)
-    if (
-        any(not math.isfinite(m) or m != int(m) or m <= 0 for m in milestones)
-        or sorted(set(milestones)) != milestones
-    ):
+    positive = all(math.isfinite(m) and m == int(m) and m > 0 for m in milestones)
+    if not positive or sorted(set(milestones)) != milestones:
         raise ValueError(f"milestones must be ascending positive step numbers, got {milestones}")
     check_non_negative(lr=lr, gamma=gamma)
     if lr == 0 or gamma == 0:
@@ -338,17 +331,16 @@ def texp_phases(
             phase_lr = lr * gamma**index
         except OverflowError:
             phase_lr = math.inf
-        if phase_lr == 0 or phase_lr == math.inf:
+        if phase_lr in (0, math.inf):
             raise ValueError(f"lr·gamma^{index} = {lr}·{gamma}^{index} leaves the range of a float")
         alpha = alpha_star(phase_lr if taper else lr, weight_decay, momentum)
-        if not phases:
-            phases.append(Phase(start, phase_lr, alpha, 1.0, math.log10(lr) - math.log10(alpha)))
-            continue
-        last = phases[-1]
-        instant = phase_lr / last.lr if instant_decay else 1.0
-        steps = start - last.start
-        log10_growth = -(2 * steps - 1) * math.log10(last.alpha) - math.log10(alpha)
-        phases.append(Phase(start, phase_lr, alpha, instant, last.log10_lr + math.log10(instant) + log10_growth))
+        instant, log10_lr = 1.0, math.log10(lr) - math.log10(alpha)
+        if phases:
+            last = phases[-1]
+            instant = phase_lr / last.lr if instant_decay else 1.0
+            log10_growth = -(2 * (start - last.start) - 1) * math.log10(last.alpha) - math.log10(alpha)
+            log10_lr = last.log10_lr + math.log10(instant) + log10_growth
+        phases.append(Phase(start, phase_lr, alpha, instant, log10_lr))
     return phases
 
 

@@ -133,15 +133,12 @@ constexpr Dtype kDtype = std::is_same_v<T, double> ? Dtype::float64 : Dtype::flo
 template <class T, class F>
 TEXP_INLINE void as_elements(void* tensor, Dtype dtype, int64_t offset, F&& each) {
   switch (dtype) {
-    case Dtype::float32:
-      return each(static_cast<float*>(tensor) + offset);
+    case Dtype::float32: return each(static_cast<float*>(tensor) + offset);
     case Dtype::float64:
       if constexpr (std::is_same_v<T, double>) each(static_cast<double*>(tensor) + offset);
       return;
-    case Dtype::bfloat16:
-      return each(static_cast<bf16*>(tensor) + offset);
-    case Dtype::float16:
-      return each(static_cast<fp16*>(tensor) + offset);
+    case Dtype::bfloat16: return each(static_cast<bf16*>(tensor) + offset);
+    case Dtype::float16: return each(static_cast<fp16*>(tensor) + offset);
   }
 }
 
@@ -169,8 +166,8 @@ TEXP_INLINE void narrow(void* tensor, Dtype dtype, int64_t offset, int64_t n, co
 
 using Span = void (*)(const TensorEntry&, const Rows&, int64_t, int64_t);
 
-// Of any mix of dtypes: tile by tile by way of T, which `own` takes. Those are small enough to stay in the first cache.
-template <class T, Span own>
+// Of any mix of dtypes: tile by tile by way of T, which `self` takes. Those are small enough to stay in the first cache.
+template <class T, Span self>
 TEXP_INLINE void span_mixed(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
   alignas(64) T weights[kTile], gradients[kTile], buffers[kTile];
   for (const int64_t end = offset + n; offset < end; offset += kTile) {
@@ -180,32 +177,25 @@ TEXP_INLINE void span_mixed(const TensorEntry& t, const Rows& rows, int64_t offs
     tile.g = widened(const_cast<void*>(t.g), t.dtypes.g(), offset, count, gradients);
     tile.b = widened(t.b, t.dtypes.b(), offset, count, buffers);
     tile.dtypes = Dtypes::of(kDtype<T>, kDtype<T>, kDtype<T>);
-    own(tile, rows, 0, count);
+    self(tile, rows, 0, count);
     narrow(t.p, t.dtypes.p(), offset, count, weights);
     narrow(t.b, t.dtypes.b(), offset, count, buffers);
   }
 }
 
-template <Span own>
-TEXP_INLINE void span_mixed(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
-  if (t.dtypes.is_wide()) return span_mixed<double, own>(t, rows, offset, n);
-  span_mixed<float, own>(t, rows, offset, n);
+template <Span self>
+TEXP_INLINE void span(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
+  if (t.dtypes.is_usual()) return span(t, rows, offset, n);
+  if (t.dtypes.is_wide()) return span_mixed<double, self>(t, rows, offset, n);
+  span_mixed<float, self>(t, rows, offset, n);
 }
 
 // The same code for each instruction set; which one runs is decided once, by what the processor has.
-void span_any(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) { span(t, rows, offset, n); }
-
-void mixed_any(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
-  span_mixed<span_any>(t, rows, offset, n);
-}
+void span_any(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) { span<span_any>(t, rows, offset, n); }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define TEXP_AVX2 __attribute__((target("avx2,fma")))
-
-TEXP_AVX2 void span_avx2(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) { span(t, rows, offset, n); }
-
-TEXP_AVX2 void mixed_avx2(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
-  span_mixed<span_avx2>(t, rows, offset, n);
+__attribute__((target("avx2,fma"))) void span_avx2(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
+  span<span_avx2>(t, rows, offset, n);
 }
 
 #if defined(__clang__)  // whose vectors are as wide as this without being asked
@@ -214,30 +204,15 @@ TEXP_AVX2 void mixed_avx2(const TensorEntry& t, const Rows& rows, int64_t offset
 #define TEXP_WIDE ",prefer-vector-width=512"
 #endif
 
-#define TEXP_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma" TEXP_WIDE)))
-
-TEXP_AVX512 void span_avx512(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
-  span(t, rows, offset, n);
-}
-
-TEXP_AVX512 void mixed_avx512(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
-  span_mixed<span_avx512>(t, rows, offset, n);
-}
-
-bool has_avx2() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma" TEXP_WIDE))) void span_avx512(
+    const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
+  span<span_avx512>(t, rows, offset, n);
 }
 #endif
 
 struct Variant {
   std::string name;
-  Span usual, mixed;  // by the dtypes
+  Span span;
 };
 
 // Those that this processor can run, the best first.
@@ -245,20 +220,20 @@ const std::vector<Variant>& variants() {
   static const std::vector<Variant> found = [] {
     std::vector<Variant> all;
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (has_avx512()) all.push_back({"avx512", span_avx512, mixed_avx512});
-    if (has_avx2()) all.push_back({"avx2", span_avx2, mixed_avx2});
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx2 && avx512) all.push_back({"avx512", span_avx512});
+    if (avx2) all.push_back({"avx2", span_avx2});
 #endif
-    all.push_back({"any", span_any, mixed_any});
+    all.push_back({"any", span_any});
     return all;
   }();
   return found;
 }
 
-// For benchmarks of what the host does around a kernel.
-constexpr Span span_nothing = [](const TensorEntry&, const Rows&, int64_t, int64_t) {};
-const Variant kNothing{"nothing", span_nothing, span_nothing};
-
-const Variant* chosen = &variants().front();
+Span chosen = variants().front().span;
 
 // Fewer elements than this are not worth waking another thread for; torch's own threshold.
 constexpr int64_t kGrain = 32768;
@@ -267,25 +242,18 @@ constexpr int64_t kGrain = 32768;
 constexpr int64_t kSumTile = 4096;
 constexpr int kLanes = 16;
 
-template <class E>
-double sum_of_squares(const E* x, int64_t n) {
+double sum_of_squares(const void* tensor, Dtype dtype, int64_t offset, int64_t n) {
+  if (tensor == nullptr) return 0;
   double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const double value = load(x[i + lane]);
-      lanes[lane] += value * value;
-    }
-  for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += static_cast<double>(load(x[i])) * load(x[i]);
+  as_elements<double>(const_cast<void*>(tensor), dtype, offset, [&](const auto* x) {
+    const auto add = [&](int lane, double value) { lanes[lane] += value * value; };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) add(lane, load(x[i + lane]));
+    for (int lane = 0; i < n; ++i, ++lane) add(lane, load(x[i]));
+  });
   double sum = 0;
   for (const double of : lanes) sum += of;
-  return sum;
-}
-
-double sum_of_squares(const void* tensor, Dtype dtype, int64_t offset, int64_t n) {
-  double sum = 0;
-  if (tensor != nullptr)
-    as_elements<double>(const_cast<void*>(tensor), dtype, offset, [&](const auto* x) { sum = sum_of_squares(x, n); });
   return sum;
 }
 
@@ -307,9 +275,7 @@ void cpu::apply(const TensorEntry* tensors, int64_t n, const Tiles& tiles, const
       const int64_t stop = std::min(end, first[i + 1]);
       if (tile == stop) continue;  // an empty tensor
       const int64_t offset = (tile - first[i]) * kTile;
-      const TensorEntry& t = tensors[i];
-      const Span span = t.dtypes.is_usual() ? chosen->usual : chosen->mixed;
-      span(t, rows, offset, std::min(t.numel, (stop - first[i]) * kTile) - offset);
+      chosen(tensors[i], rows, offset, std::min(tensors[i].numel, (stop - first[i]) * kTile) - offset);
       tile = stop;
     }
   };
@@ -348,17 +314,14 @@ std::vector<std::string> cpu_variants() {
 }
 
 void use_cpu_variant(const std::string& name) {
-  for (const Variant& variant : variants()) {
-    if (variant.name == name) {
-      chosen = &variant;
-      return;
-    }
-  }
-  if (name == kNothing.name) {
-    chosen = &kNothing;
+  if (name == "nothing") {
+    chosen = [](const TensorEntry&, const Rows&, int64_t, int64_t) {};
     return;
   }
-  throw std::invalid_argument("this processor cannot run the variant " + name);
+  const auto named = [&](const Variant& variant) { return variant.name == name; };
+  const auto found = std::find_if(variants().begin(), variants().end(), named);
+  if (found == variants().end()) throw std::invalid_argument("this processor cannot run the variant " + name);
+  chosen = found->span;
 }
 
 }  // namespace texp

@@ -61,12 +61,10 @@ struct Reduce {
   TEXP_INLINE static int64_t tile_of(Dtypes) { return 8192; }
 };
 
-// The arrays are `count` groups, with ranges of the requests of this table, and these requests.
+// The arrays are `count` groups, and the requests from `begin` to `end` among all of the step.
 struct Advance {
   DeviceStep step;
-  int64_t first;  // the place of the first request here among all of the step
-  int32_t count;
-  int32_t whole;  // how many of these groups end here: all, or all but the last
+  int32_t count, begin, end;
 };
 
 // Tells the compiler that a pointer from a table is one to global memory.
@@ -94,14 +92,10 @@ __device__ void narrow(double x, E& to) {
 template <class F>
 __device__ void with_element(Dtype dtype, const F& f) {
   switch (dtype) {
-    case Dtype::float32:
-      return f(float{});
-    case Dtype::float64:
-      return f(double{});
-    case Dtype::bfloat16:
-      return f(__nv_bfloat16{});
-    case Dtype::float16:
-      return f(__half{});
+    case Dtype::float32: return f(float{});
+    case Dtype::float64: return f(double{});
+    case Dtype::bfloat16: return f(__nv_bfloat16{});
+    case Dtype::float16: return f(__half{});
   }
 }
 
@@ -114,6 +108,14 @@ template <class T, class E, int kCount>
 __device__ void widen(const Vector<E, kCount>& from, T (&to)[kCount]) {
 #pragma unroll
   for (int k = 0; k < kCount; ++k) to[k] = widened(from.e[k]);
+}
+
+template <class T, class E, int kCount>
+__device__ void narrow(const T (&from)[kCount], Vector<E, kCount>& to) {
+  Vector<E, kCount> v;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) narrow(from[k], v.e[k]);
+  to = v;
 }
 
 // A tensor from some element on, whose dtype E is known to the compiler. Where there is none, it reads as 0.
@@ -135,8 +137,7 @@ struct Known {
   template <class T, int kCount>
   __device__ void store(int i, const T (&from)[kCount]) const {
     Vector<E, kCount> v;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) narrow(from[k], v.e[k]);
+    narrow(from, v);
     if (at != nullptr) global(reinterpret_cast<Vector<E, kCount>*>(at + i)) = v;
   }
 };
@@ -168,12 +169,7 @@ struct Mixed {
 
   template <int kCount>
   __device__ void store(int i, const T (&from)[kCount]) const {
-    with_vector<kCount>(i, [&](auto& v) {
-      auto to = v;
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) narrow(from[k], to.e[k]);
-      v = to;
-    });
+    with_vector<kCount>(i, [&](auto& v) { narrow(from, v); });
   }
 
  private:
@@ -216,20 +212,6 @@ __device__ void update_tile(const Row<T>& row, const TensorEntry& t, int64_t off
   update_elements<1>(row, p, g, b, whole, n);
 }
 
-// For programmatic dependent launch: apply waits here until advance has done all of its work.
-__device__ void wait_for_advance() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// From here on, apply may be launched.
-__device__ void let_apply_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // The tensor of a tile, where in it the tile begins, and how many elements it has.
 struct Place {
   int32_t tensor;
@@ -259,7 +241,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) apply_kernel(const __grid_c
   double number = 0;
   int32_t skip = 0;
   if (head.device_rows != nullptr) {
-    wait_for_advance();
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // until advance has done all of its work
+#endif
     if (has_number) number = global(&head.device_rows[t.row].a_b + threadIdx.x);
     skip = global(head.skip);
   } else if (has_number) {
@@ -293,14 +277,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) apply_kernel(const __grid_c
 }
 
 __device__ double read(const Number& number, Number::In in) {
-  switch (in) {
-    case Number::In::float32:
-      return global(static_cast<const float*>(number.at));
-    case Number::In::float64:
-      return global(static_cast<const double*>(number.at));
-    default:
-      return number.value;
-  }
+  if (in == Number::In::float32) return global(static_cast<const float*>(number.at));
+  if (in == Number::In::float64) return global(static_cast<const double*>(number.at));
+  return number.value;
 }
 
 // One block for each group.
@@ -309,8 +288,11 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
   __shared__ Row<double> running, first, idle;
   __shared__ double growth;
   __shared__ bool has_momentum;
-  let_apply_begin();
-  const DeviceStep& step = table.head.step;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");  // apply may be launched from here on
+#endif
+  const Advance& head = table.head;
+  const DeviceStep& step = head.step;
   const bool skipped = step.found_inf != nullptr && global(step.found_inf) != 0;
   if (blockIdx.x == 0 && threadIdx.x == 0) global(step.skip) = skipped;
   if (skipped) return;
@@ -331,15 +313,17 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
     growth = next.growth;
     has_momentum = h.momentum != 0;
     // If not, the next launch computes the same step for the rest of its requests.
-    if (static_cast<int32_t>(blockIdx.x) < table.head.whole)
+    if (group.end <= head.end)
       scale = {next.scale.P, next.scale.kappa, next.scale.exponent, momentum_initialized || has_momentum};
   }
   __syncthreads();
 
-  const RowRequest* requests = table.template at<RowRequest>(table.head.count * int{sizeof(GroupEntry)});
-  for (int i = group.begin + static_cast<int>(threadIdx.x); i < group.end; i += kThreads) {
-    const RowRequest& request = requests[i];
-    Row<double>& row = global(step.rows + table.head.first + i);
+  const auto* requests = table.template at<RowRequest>(head.count * int{sizeof(GroupEntry)});
+  const int begin = group.begin < head.begin ? head.begin : group.begin;
+  const int end = group.end < head.end ? group.end : head.end;
+  for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
+    const RowRequest& request = requests[i - head.begin];
+    Row<double>& row = global(step.rows + i);
     if (request.kind == RowKind::statistic) {
       row = {};
       row.s_p = power_of(growth, request.power);
@@ -415,10 +399,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const __grid_con
 constexpr int kMostDevices = 64;
 bool waits_for_advance[kMostDevices];
 
+// Each for both sizes of table.
+const std::pair kApply{&apply_kernel<false, kSmall>, &apply_kernel<false, kLarge>};
+const std::pair kApplyMixed{&apply_kernel<true, kSmall>, &apply_kernel<true, kLarge>};
+const std::pair kAdvance{&advance_kernel<kSmall>, &advance_kernel<kLarge>};
+const std::pair kSquare{&square_kernel<kSmall>, &square_kernel<kLarge>};
+const std::pair kSum{&sum_kernel<kSmall>, &sum_kernel<kLarge>};
+
 // Launches the kernel for the smaller table if the arrays, of that many bytes, fit into it: both tables begin alike.
-template <class Head>
-cudaError_t launch(void (*small)(Table<Head, kSmall>), void (*large)(Table<Head, kLarge>), int64_t blocks,
-                   Table<Head, kLarge>& table, size_t bytes, void* stream, bool after_advance = false) {
+template <class Kernels, class Head>
+cudaError_t launch(const Kernels& kernels, int64_t blocks, Table<Head, kLarge>& table, size_t bytes, void* stream,
+                   bool after_advance = false) {
   if (blocks == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   const auto launch_one = [&](auto* kernel, auto& argument) {
@@ -434,50 +425,11 @@ cudaError_t launch(void (*small)(Table<Head, kSmall>), void (*large)(Table<Head,
     }
   };
   if (bytes <= sizeof(Table<Head, kSmall>::bytes)) {
-    launch_one(small, reinterpret_cast<Table<Head, kSmall>&>(table));
+    launch_one(kernels.first, reinterpret_cast<Table<Head, kSmall>&>(table));
   } else {
-    launch_one(large, table);
+    launch_one(kernels.second, table);
   }
   return cudaGetLastError();  // and leaves none for the next launch of somebody else
-}
-
-struct Filled {
-  int64_t tiles;
-  size_t bytes;
-  bool mixed;  // whether Dtypes::is_usual is false for any tensor
-};
-
-// Fills the table with as many tensors as it holds, and with their rows if `rows` is not null, and calls `use`, until
-// all tensors have had their turn.
-template <class Head, class Use>
-cudaError_t for_all(const TensorEntry* tensors, int64_t n, const Row<double>* rows, Table<Head, kLarge>& table,
-                    const Use& use) {
-  constexpr size_t capacity = sizeof table.bytes, each = sizeof(TensorEntry) + sizeof(int32_t);
-  Row<double> used[capacity / sizeof(Row<double>)];
-  int32_t tiles[capacity / each + 1];
-  auto* const to = reinterpret_cast<TensorEntry*>(table.bytes);
-  for (int64_t i = 0; i < n;) {
-    int32_t count = 0, n_rows = 0;
-    Filled filled{0, sizeof(int32_t), false};
-    for (; i < n; ++i) {
-      const bool new_row = rows != nullptr && (count == 0 || tensors[i].row != tensors[i - 1].row);
-      const size_t bytes = filled.bytes + each + new_row * sizeof(Row<double>);
-      if (bytes > capacity) break;
-      if (new_row) used[n_rows++] = rows[tensors[i].row];
-      to[count] = tensors[i];
-      if (rows != nullptr) to[count].row = n_rows - 1;
-      tiles[count++] = static_cast<int32_t>(filled.tiles);
-      filled = {filled.tiles + tiles_of(tensors[i].numel, Head::tile_of(tensors[i].dtypes)), bytes,
-                filled.mixed || !tensors[i].dtypes.is_usual()};
-    }
-    tiles[count] = static_cast<int32_t>(filled.tiles);  // a tile has at least 2 KB: no memory has 2^31 of them
-    table.head.count = count;
-    table.head.tiles_at = static_cast<int32_t>(count * sizeof(TensorEntry) + n_rows * sizeof(Row<double>));
-    memcpy(to + count, used, n_rows * sizeof(Row<double>));
-    memcpy(table.bytes + table.head.tiles_at, tiles, (count + 1) * sizeof(int32_t));
-    if (const cudaError_t error = use(filled); error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
 }
 
 // Calls f while that device is the current one. Returns null, or what CUDA says went wrong.
@@ -491,6 +443,48 @@ const char* on_device(int device, const F& f) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Fills a table with as many tensors as it holds, and with their rows if `rows` is not null, and calls `use` with it, how
+// many tiles and bytes it has, and whether Dtypes::is_usual is false for any tensor, until all tensors have had their
+// turn.
+template <class Head, class Use>
+const char* for_all(int device, const Head& head, const TensorEntry* tensors, int64_t n, const Row<double>* rows,
+                    const Use& use) {
+  Table<Head, kLarge> table;
+  table.head = head;
+  constexpr size_t capacity = sizeof table.bytes, each = sizeof(TensorEntry) + sizeof(int32_t);
+  Row<double> used[capacity / sizeof(Row<double>)];
+  int32_t first[capacity / each + 1];
+  auto* const to = reinterpret_cast<TensorEntry*>(table.bytes);
+  return on_device(device, [&] {
+    cudaError_t error = cudaSuccess;
+    for (int64_t i = 0; i < n && error == cudaSuccess;) {
+      int32_t count = 0, n_rows = 0;
+      int64_t tiles = 0;  // each of at least 2 KB: no memory has 2^31 of them
+      size_t bytes = sizeof(int32_t);
+      bool mixed = false;
+      for (; i < n; ++i) {
+        const TensorEntry& t = tensors[i];
+        const bool new_row = rows != nullptr && (count == 0 || t.row != tensors[i - 1].row);
+        if (bytes + each + new_row * sizeof(Row<double>) > capacity) break;
+        bytes += each + new_row * sizeof(Row<double>);
+        if (new_row) used[n_rows++] = rows[t.row];
+        to[count] = t;
+        if (rows != nullptr) to[count].row = n_rows - 1;
+        first[count++] = static_cast<int32_t>(tiles);
+        tiles += tiles_of(t.numel, Head::tile_of(t.dtypes));
+        mixed |= !t.dtypes.is_usual();
+      }
+      first[count] = static_cast<int32_t>(tiles);
+      table.head.count = count;
+      table.head.tiles_at = static_cast<int32_t>(count * sizeof(TensorEntry) + n_rows * sizeof(Row<double>));
+      memcpy(to + count, used, n_rows * sizeof(Row<double>));
+      memcpy(table.bytes + table.head.tiles_at, first, (count + 1) * sizeof(int32_t));
+      error = use(table, tiles, bytes, mixed);
+    }
+    return error;
+  });
+}
+
 }  // namespace
 }  // namespace texp::cuda
 
@@ -499,44 +493,34 @@ using namespace texp::cuda;
 
 extern "C" const char* texp_cuda_apply(int device, void* stream, const TensorEntry* tensors, int64_t n,
                                        const Row<double>* rows, const Row<double>* device_rows, const int32_t* skip) {
-  Table<Apply, kLarge> table;
-  table.head = {device_rows, skip, 0, 0};
-  bool first = true;
-  return on_device(device, [&] {
-    return for_all(tensors, n, rows, table, [&](const Filled& filled) {
-      const bool after_advance = std::exchange(first, false) && device_rows != nullptr && waits_for_advance[device % kMostDevices];
-      return filled.mixed ? launch(apply_kernel<true, kSmall>, apply_kernel<true, kLarge>, filled.tiles, table,
-                                   filled.bytes, stream, after_advance)
-                          : launch(apply_kernel<false, kSmall>, apply_kernel<false, kLarge>, filled.tiles, table,
-                                   filled.bytes, stream, after_advance);
-    });
-  });
+  bool after_advance = device_rows != nullptr && waits_for_advance[device % kMostDevices];
+  return for_all(device, Apply{device_rows, skip, 0, 0}, tensors, n, rows,
+                 [&](auto& table, int64_t tiles, size_t bytes, bool mixed) {
+                   return launch(mixed ? kApplyMixed : kApply, tiles, table, bytes, stream,
+                                 std::exchange(after_advance, false));
+                 });
 }
 
 extern "C" const char* texp_cuda_advance(int device, void* stream, const GroupEntry* groups, int64_t n_groups,
                                          const RowRequest* requests, int64_t, const DeviceStep& step) {
   Table<Advance, kLarge> table;
-  auto* const to = reinterpret_cast<GroupEntry*>(table.bytes);
   return on_device(device, [&] {
     cudaError_t error = cudaSuccess;
-    for (int32_t group = 0, end = 0; group < n_groups && error == cudaSuccess;) {
-      const int32_t first = end;
-      int32_t count = 0, whole = 0;
+    for (int32_t group = 0, begin = 0; group < n_groups && error == cudaSuccess;) {
+      int32_t count = 0, end = begin;
       size_t free = sizeof table.bytes;
-      while (group < n_groups && free >= sizeof(GroupEntry) + sizeof(RowRequest)) {
+      while (group + count < n_groups && free >= sizeof(GroupEntry) + sizeof(RowRequest)) {
         free -= sizeof(GroupEntry);
-        const int32_t begin = end;
-        end = std::min(groups[group].end, begin + static_cast<int32_t>(free / sizeof(RowRequest)));
-        free -= (end - begin) * sizeof(RowRequest);
-        to[count] = groups[group];
-        to[count].begin = begin - first;
-        to[count++].end = end - first;
-        if (end < groups[group].end) break;
-        ++group, ++whole;
+        const int32_t more = std::min(groups[group + count++].end - end, static_cast<int32_t>(free / sizeof(RowRequest)));
+        end += more;
+        free -= more * sizeof(RowRequest);
       }
-      table.head = {step, first, count, whole};
-      memcpy(to + count, requests + first, (end - first) * sizeof(RowRequest));
-      error = launch(advance_kernel<kSmall>, advance_kernel<kLarge>, count, table, sizeof table.bytes - free, stream);
+      table.head = {step, count, begin, end};
+      memcpy(table.bytes, groups + group, count * sizeof(GroupEntry));
+      memcpy(table.bytes + count * sizeof(GroupEntry), requests + begin, (end - begin) * sizeof(RowRequest));
+      error = launch(kAdvance, count, table, sizeof table.bytes - free, stream);
+      group += count - (end < groups[group + count - 1].end);  // the last one goes on in the next launch
+      begin = end;
     }
     return error;
   });
@@ -550,33 +534,27 @@ extern "C" int64_t texp_cuda_reduce_workspace(const TensorEntry* tensors, int64_
 
 extern "C" const char* texp_cuda_reduce(int device, void* stream, const TensorEntry* tensors, int64_t n, double* sums,
                                         double* workspace) {
-  Table<Reduce, kLarge> table;
-  table.head = {workspace, sums, 0, 0};
-  return on_device(device, [&] {
-    return for_all(tensors, n, nullptr, table, [&](const Filled& filled) {
-      const int64_t blocks = 2 * table.head.count;
-      cudaError_t error =
-          launch(square_kernel<kSmall>, square_kernel<kLarge>, 2 * filled.tiles, table, filled.bytes, stream);
-      if (error == cudaSuccess)
-        error = launch(sum_kernel<kSmall>, sum_kernel<kLarge>, blocks, table, filled.bytes, stream);
-      table.head.sums += blocks;
-      return error;
-    });
-  });
+  return for_all(device, Reduce{workspace, sums, 0, 0}, tensors, n, nullptr,
+                 [&](auto& table, int64_t tiles, size_t bytes, bool) {
+                   const int64_t blocks = 2 * table.head.count;
+                   cudaError_t error = launch(kSquare, 2 * tiles, table, bytes, stream);
+                   if (error == cudaSuccess) error = launch(kSum, blocks, table, bytes, stream);
+                   table.head.sums += blocks;
+                   return error;
+                 });
 }
 
 extern "C" const char* texp_cuda_load(int device) {
-  const auto load = [&](auto... kernels) {
+  return on_device(device, [&] {
     cudaFuncAttributes attributes{};
     cudaError_t error = cudaSuccess;
-    ((error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernels) : error), ...);
+    const auto load = [&](auto* kernel) {
+      if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    };
+    const auto load_both = [&](const auto&... kernels) { ((load(kernels.first), load(kernels.second)), ...); };
+    load_both(kApply, kApplyMixed, kAdvance, kSquare, kSum);
     waits_for_advance[device % kMostDevices] = error == cudaSuccess && attributes.ptxVersion >= 90;
     return error;
-  };
-  return on_device(device, [&] {
-    return load(advance_kernel<kSmall>, advance_kernel<kLarge>, square_kernel<kSmall>, square_kernel<kLarge>,
-                sum_kernel<kSmall>, sum_kernel<kLarge>, apply_kernel<false, kSmall>, apply_kernel<false, kLarge>,
-                apply_kernel<true, kSmall>, apply_kernel<true, kLarge>);
   });
 }
 

@@ -276,8 +276,7 @@ class Gather {
     params_.clear();
     bool steps = false, all = true;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
-      params_.push_back(reader_.param(PySequence_Fast_GET_ITEM(list, i)));
-      const bool has_grad = params_.back().has_grad();
+      const bool has_grad = reader_.param(PySequence_Fast_GET_ITEM(list, i), params_).has_grad();
       steps = steps || has_grad;
       all = all && has_grad;
       if (!has_grad && !on_device && !may_be_exponential) params_.pop_back();

@@ -306,9 +306,11 @@ class Reader {
             stored.kappa == nullptr ? 0.0 : number(stored.kappa)};
   }
 
-  // A parameter and its gradient.
-  Param param(PyObject* object) {
-    Param param{.object = hold(object), .exact = THPVariable_CheckExact(object)};
+  // Adds a parameter with its gradient. Written where it stays: to copy it at once would wait for the writes.
+  Param& param(PyObject* object, std::vector<Param>& to) {
+    Param& param = to.emplace_back();
+    param.object = hold(object);
+    param.exact = THPVariable_CheckExact(object);
     if (param.exact) {
       using torch::autograd::AutogradMeta;
       const auto* meta = static_cast<AutogradMeta*>(THPVariable_Unpack(object).unsafeGetTensorImpl()->autograd_meta());

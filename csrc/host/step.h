@@ -87,6 +87,7 @@ class Stepper {
     const Used used(*this);
     const std::vector<size_t> left = used.gather.gather_rows(work, cpu_, cuda_);
     if (!left.empty()) check(left);
+    if (is_capturing(used.gather)) throw std::runtime_error("rows that the host computes cannot be captured in a graph");
     apply(used.gather);
     return left;
   }
@@ -120,10 +121,11 @@ class Stepper {
     return reinterpret_cast<void*>(current_stream_(list.device().index()).cast<uintptr_t>());
   }
 
+  // Whether what the CUDA kernels of this library would launch is being captured in a graph. Finds their streams.
   bool is_capturing(Gather& found) const {
-    if (cuda_.launcher) return false;  // which says so itself
+    if (cuda_.launcher) return false;
     for (const auto& list : found.on_cuda())
-      if (list->size() != 0 && texp_cuda_is_capturing(stream(*list))) return true;
+      if (list->size() != 0 && texp_cuda_is_capturing(list->stream = stream(*list))) return true;
     return false;
   }
 
@@ -167,8 +169,8 @@ class Stepper {
       if (cuda_.launcher) {
         launch(found, *list, cuda_.launcher);
       } else {
-        raise_if(texp_cuda_apply(list->device().index(), stream(*list), list->entries(), list->size(), found.rows.wide.data(),
-                                 nullptr, nullptr));
+        raise_if(texp_cuda_apply(list->device().index(), list->stream, list->entries(), list->size(),
+                                 found.rows.wide.data(), nullptr, nullptr));
         list->bump_versions();
       }
       list->write_back();

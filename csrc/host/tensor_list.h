@@ -85,6 +85,8 @@ class TensorList {
   explicit TensorList(c10::Device device)
       : device_(device), is_cpu_(device.is_cpu()), plain_(is_cpu_ ? kPlainOnCpu : kPlainOnCuda) {}
 
+  void* stream = nullptr;  // of a CUDA device, where the step is to be launched
+
   const c10::Device& device() const { return device_; }
   const TensorEntry* entries() const { return entries_.data(); }
   int64_t size() const { return static_cast<int64_t>(size_); }

@@ -272,15 +272,27 @@ def test_every_change_between_steps_is_seen(swift_target, peer, edit, exponentia
             assert_close(*runs)
 
 
-@pytest.mark.parametrize("target", [t for t in targets() if t.values[0].backend != "reference"])
+WAYS = [
+    pytest.param(
+        *target.values, capturable, id=f"{target.id}{', capturable' if capturable else ''}", marks=target.marks
+    )
+    for target in targets()
+    for capturable in ([False, True] if target.values[0].backend in ("cuda", "triton") else [False])
+    if target.values[0].backend != "reference"
+]
+
+
+@pytest.mark.parametrize(("target", "capturable"), WAYS)
 @given(edits=st.lists(st.tuples(st.sampled_from([*EDITS, *OURS]), st.integers(0, 3)), max_size=8))
 @settings(max_examples=25)
-def test_every_sequence_of_changes_is_seen(target, edits):
-    runs = [Run(make, target.device) for make in (target.sgd, PEERS["reference"])]
+def test_every_sequence_of_changes_is_seen(target, capturable, edits):
+    """Also where P and κ are on the device."""
+    runs = [Run(target.sgd, target.device, capturable=capturable), Run(PEERS["reference"], target.device)]
     for edit, i in (("nothing", 0), *edits):
         for run in runs:
             {**EDITS, **OURS}[edit](run, i)
             for _ in range(2):
                 run.step()
         assert_close(*runs)
+        runs[0].optimizer.log10_lr()  # brings the scales back
         assert [scale_of(group) for group in runs[0].groups] == [scale_of(group) for group in runs[1].groups]

@@ -72,7 +72,9 @@ def kernels(name: str | None, gpus: Iterable[torch.device] = ()) -> Kernels:
     return made
 
 
-def apply(stepper: Any, work: list[tuple[Row, Entry]], check: Callable[[Iterable[int]], object]) -> None:
+def apply(
+    stepper: Any, work: list[tuple[Row, Entry]], check: Callable[[Iterable[int]], object] = lambda left: None
+) -> None:
     """Applies its row to each tensor, by the kernels of a core's Stepper, or in plain torch where they cannot take it
     or there is none: `check` is called with the places of these, before anything is changed, and may raise.
     """

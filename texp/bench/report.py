@@ -80,9 +80,7 @@ def saved(records: Iterable[dict], path: Path) -> Iterator[dict]:
 def table(records: list[dict]) -> Table:
     """For the console."""
     numbers = ("median_us", "host_us", "gb_per_s", "share_of_copy", "speedup_over_torch_fused")
-    table = Table(title=_machine(records[0]))
-    for name in ("model", "candidate"):
-        table.add_column(name)
+    table = Table("model", "candidate", title=_machine(records[0]))
     for name in numbers:
         table.add_column(name, justify="right", overflow="fold")
     for model, of_model in itertools.groupby(records, key=lambda record: record["model"]):

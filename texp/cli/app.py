@@ -31,10 +31,8 @@ def run(arguments: list[str] | None = None) -> int:
         library = EXTRA.get((error.name or "").split(".")[0])
         if library is None:
             raise
-        return _fail(
-            1,
-            f'this command needs {library}: install texp with the extra "demo", as in pip install ".[demo]"',
-        )
+        remedy = 'install texp with the extra "demo", as in pip install ".[demo]"'
+        return _fail(1, f"this command needs {library}: {remedy}")
     except (OSError, AuditError, SettingError, native.MissingError) as error:
         return _fail(1, str(error))
     except (typer.Abort, KeyboardInterrupt):

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +106,8 @@ class Run:
     """One way of training, and what came of it: one value a step in each list."""
 
     name: str
-    make: Callable[[PreActResNet, list[int]], tuple[torch.optim.Optimizer, LRScheduler]]
+    make: Callable[[PreActResNet], torch.optim.Optimizer]
+    schedule: Callable[[torch.optim.Optimizer, list[int], float], LRScheduler] = MultiStepLR
     like: "Run | None" = None  # the run that it repeats, or comes near to
     all_trainable: bool = False
     loss: list[float] = field(default_factory=list)
@@ -122,7 +124,8 @@ class Run:
             model = PreActResNet(all_trainable=self.all_trainable).double()
         weights = [p for p in model.parameters() if p.dim() == 4]
         steps = len(data.train_x) // BATCH_SIZE
-        optimizer, schedule = self.make(model, [epochs // 2 * steps, epochs * 3 // 4 * steps])
+        optimizer = self.make(model)
+        schedule = self.schedule(optimizer, [epochs // 2 * steps, epochs * 3 // 4 * steps], GAMMA)
         for epoch in range(epochs):
             order = torch.randperm(len(data.train_x), generator=generator)
             for step in range(steps):
@@ -141,14 +144,11 @@ class Run:
 
     def _record(self, loss: float, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
         group = optimizer.param_groups[0]
+        log10_lr = optimizer.log10_lr()[0] if isinstance(optimizer, SGD) else math.log10(group["lr"])
+        # 4^exponent is taken out of both ‖w‖² and η̃: it is not in the stored weights, and could overflow.
+        stored_log10_lr = log10_lr - 2 * group.get("scale_exponent", 0) * math.log10(2)
         self.loss.append(loss)
-        if isinstance(optimizer, SGD):
-            self.log10_lr.append(optimizer.log10_lr()[0])
-            # ‖w‖²/η̃ with 4^exponent taken out of both: it is not in the stored weights, and could overflow.
-            stored_log10_lr = self.log10_lr[-1] - 2 * group["scale_exponent"] * math.log10(2)
-        else:
-            self.log10_lr.append(math.log10(group["lr"]))
-            stored_log10_lr = self.log10_lr[-1]
+        self.log10_lr.append(log10_lr)
         self.norm2_over_lr.append(_norm2(weights) / 10**stored_log10_lr)
 
 
@@ -160,29 +160,26 @@ def make_runs() -> list[Run]:
     """The three ways: step decay with weight decay, the same in exponential form, and TEXP without decay. Then the
     first two with everything trainable."""
 
-    def sgd(model, milestones):
-        optimizer = torch.optim.SGD(_trainable(model), LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
-        return optimizer, MultiStepLR(optimizer, milestones, GAMMA)
+    def sgd(model):
+        return torch.optim.SGD(_trainable(model), LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
 
-    def exponential(model, milestones):
-        optimizer = SGD(_trainable(model), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, scale_invariant=True)
-        return optimizer, MultiStepLR(optimizer, milestones, GAMMA)
+    def exponential(model):
+        return SGD(_trainable(model), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, scale_invariant=True)
 
-    def texp(model, milestones):
-        optimizer = torch.optim.SGD(_trainable(model), LR, MOMENTUM)
-        return optimizer, TEXP(optimizer, milestones, GAMMA, weight_decay=WEIGHT_DECAY)
+    def undecayed(model):
+        return torch.optim.SGD(_trainable(model), LR, MOMENTUM)
 
-    def groups(model, milestones):
+    def groups(model):
         found = param_groups(model, torch.randn(4, 1, 8, 8).double(), weight_decay=WEIGHT_DECAY)
-        optimizer = SGD(found, LR, MOMENTUM)
-        return optimizer, MultiStepLR(optimizer, milestones, GAMMA)
+        return SGD(found, LR, MOMENTUM)
 
+    texp = partial(TEXP, weight_decay=WEIGHT_DECAY)
     one = Run("torch.optim.SGD, step decay, weight decay", sgd)
     all_ = Run("everything trainable: torch.optim.SGD, as above", sgd, all_trainable=True)
     return [
         one,
         Run("texp.SGD, the same arguments, exponential form", exponential, like=one),
-        Run("torch.optim.SGD, TEXP schedule, no decay", texp, like=one),
+        Run("torch.optim.SGD, TEXP schedule, no decay", undecayed, texp, like=one),
         all_,
         Run("everything trainable: texp.SGD, groups by texp.param_groups", groups, like=all_, all_trainable=True),
     ]

@@ -43,28 +43,23 @@ def schedule(
         raise typer.BadParameter(str(error)) from None
 
     # One column for each phase: this fits a narrow terminal.
-    table = Table("phase", show_lines=False)
-    rows = {name: [] for name in (
-        "epochs", "LR with decay", "α*", "growth per step", "growth per epoch", "instant factor",
-        "log10 LR, first", "log10 LR, last",
-    )}  # fmt: skip
+    table, rows = Table("phase"), {}
     for index, (phase, end) in enumerate(zip(phases, ends, strict=True)):
         table.add_column(str(index), justify="right", no_wrap=True)
         growth = -2 * math.log10(phase.alpha)
-        values = (
-            f"{phase.start // steps_per_epoch}–{end // steps_per_epoch}",
-            f"{phase.lr:.6g}",
-            f"{phase.alpha:.8f}",
-            f"{10**growth:.8f}",
-            f"{10 ** (growth * steps_per_epoch):.4f}"
-            if growth * steps_per_epoch < 4
-            else f"10^{growth * steps_per_epoch:.4f}",
-            f"{phase.instant:.6g}",
-            f"{phase.log10_lr:.4f}",
-            f"{phase.log10_lr_at(end - 1):.4f}",
-        )
-        for row, value in zip(rows.values(), values, strict=True):
-            row.append(value)
+        of_epoch = growth * steps_per_epoch
+        values = {
+            "epochs": f"{phase.start // steps_per_epoch}–{end // steps_per_epoch}",
+            "LR with decay": f"{phase.lr:.6g}",
+            "α*": f"{phase.alpha:.8f}",
+            "growth per step": f"{10**growth:.8f}",
+            "growth per epoch": f"{10**of_epoch:.4f}" if of_epoch < 4 else f"10^{of_epoch:.4f}",
+            "instant factor": f"{phase.instant:.6g}",
+            "log10 LR, first": f"{phase.log10_lr:.4f}",
+            "log10 LR, last": f"{phase.log10_lr_at(end - 1):.4f}",
+        }
+        for name, value in values.items():
+            rows.setdefault(name, []).append(value)
     for name, row in rows.items():
         table.add_row(name, *row)
     make_console().print(table)

@@ -137,9 +137,7 @@ def audit(
     and for buffers that grow with the weights but are no running statistics known here.
     """
     scipy_optimize()  # an ImportError before the work rather than after it
-    if device is None:
-        device = next((p.device for p in model.parameters()), "cpu")
-    device = torch.device(device)
+    device = torch.device(next((p.device for p in model.parameters()), "cpu") if device is None else device)
     if dtype not in (torch.float64, torch.float32):
         raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}")
     with no_trace(device, dtype), untouched(model):
@@ -186,19 +184,16 @@ def param_groups(
         dtype=dtype, progress=progress,
     )  # fmt: skip
     tensors = dict(model.named_parameters())
-    stats = [_norm_stat(model, name, power) for name, power in found.norm_stats]
+    # Named by their modules, they are found wherever the model moves.
+    paths = [(*name.rpartition(".")[::2], name, power) for name, power in found.norm_stats]
+    stats = [NormStat(model.get_submodule(path), last, power=power, name=name) for path, last, name, power in paths]
     placed = {name for name, _ in found.norm_stats}.union(found.invariant)
     rest = {name: p for name, p in model.named_parameters() if name not in placed}
     still = [name for name, p in rest.items() if no_decay is not None and no_decay(name, p)]
     groups = [
-        {
-            **options,
-            "params": [tensors[name] for name in found.invariant],
-            "scale_invariant": True,
-            "norm_stats": stats,
-        },
-        {**options, "params": [p for name, p in rest.items() if name not in still], "scale_invariant": False},
-        {**options, "params": [rest[n] for n in still], "scale_invariant": False, "weight_decay": 0.0},
+        {"params": [tensors[name] for name in found.invariant], "scale_invariant": True, "norm_stats": stats},
+        {"params": [p for name, p in rest.items() if name not in still], "scale_invariant": False},
+        {"params": [rest[name] for name in still], "scale_invariant": False, "weight_decay": 0.0},
     ]
     if not found.invariant:
         warnings.warn(
@@ -217,13 +212,7 @@ def param_groups(
             "the scale-invariant weights are doubled, so that training will differ from that of torch.optim.SGD",
             stacklevel=2,
         )
-    return [group for group in groups if group["params"]]
-
-
-def _norm_stat(model: nn.Module, name: str, power: float) -> NormStat:
-    """A statistic found through its module, wherever the model is moved."""
-    path, _, last = name.rpartition(".")
-    return NormStat(model.get_submodule(path), last, power=power, name=name)
+    return [{**options, **group} for group in groups if group["params"]]
 
 
 def bias_or_norm(name: str, parameter: nn.Parameter) -> bool:
@@ -258,8 +247,7 @@ def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
 
 def _seldom(probe: Probe, equations: Equations) -> str:
     """Advice for parameters that only some of the inputs reach."""
-    rows = [(rows, name) for rows, name in zip(equations.reached(), probe.params, strict=True) if rows]
-    fewest, name = min(rows)
+    fewest, name = min((n, name) for n, name in zip(equations.reached(), probe.params, strict=True) if n)
     if fewest >= PATIENCE:
         return ""
     return f". Only {fewest} of {equations.count} rows see {name}: a larger example would tell more, if it reaches it"
@@ -300,17 +288,14 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
     probe.as_it_was(model)
     eps_deviation = probe.scaled(powers, 2.0).output if invariant else 0.0
 
-    reasons = {}
-    for i, name in enumerate(names):
-        if name in powers and name not in invariant:
-            reasons[name] = FOLLOWS
-        elif name not in invariant:
-            reasons[name] = (
-                UNREACHED if not reached[i]
-                else HELD if held[i]
-                else NO_EFFECT if not (effect[i] or seen[i])
-                else _why_not(i, reduced, bounds)
-            )  # fmt: skip
+    reasons = {
+        name: FOLLOWS if name in powers
+        else UNREACHED if not reached[i]
+        else HELD if held[i]
+        else NO_EFFECT if not (effect[i] or seen[i])
+        else _why_not(i, reduced, bounds)
+        for i, name in enumerate(names) if name not in invariant
+    }  # fmt: skip
     return Audit(
         invariant=invariant,
         sets=[[names[i] for i in part] for part in parts(reduced, chosen, follows)],
@@ -333,13 +318,10 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
 def _collect(equations: Equations, probe: Probe, max_rows: int | None, progress) -> None:
     """Adds rows until their rank has settled; raises AuditError if it has not after max_rows."""
     limit = equations.count + 2 * (equations.n + equations.K + 2 * PATIENCE) if max_rows is None else max_rows
-    start = done = len(set(equations.inputs))
-    rank = 0
+    start, rank = len(equations.inputs), 0
     while equations.count < limit:
-        for row in probe.rows():
-            equations.rows.append(row)
-            equations.inputs.append(done)
-        done += 1
+        equations.inputs.append(list(probe.rows()))
+        done = len(equations.inputs)
         if done % (PATIENCE // 2) == 0:
             rank = equations.rank()
             if progress is not None:
@@ -382,8 +364,7 @@ def _confirm(
     growth = {}
     for name, power in changes[0].powers.items():
         norm, _, kind = name.rpartition(".")
-        order = 2 if kind == "running_var" else 1
-        expected = order * degrees[norm] if norm in degrees else power
+        expected = (2 if kind == "running_var" else 1) * degrees[norm] if norm in degrees else power
         measured = [change.powers[name] for change in changes if not math.isnan(change.powers[name])]
         if not all(abs(p - _snap(expected)) <= 1e3 * tol for p in measured):
             raise AuditError(

@@ -29,27 +29,25 @@ class Equations:
         self.eps = torch.finfo(dtype).eps
         # Cosines below the first are rounding errors, those above the second are not; in float64 4e-10 and 5e-7.
         self.tol, self.clear = self.eps**0.6, self.eps**0.4
-        self.rows: list[Row] = []
-        self.inputs: list[int] = []  # which input each row is of
+        self.inputs: list[list[Row]] = []  # the rows of each input
+
+    def rows(self, inputs: int | None = None) -> list[Row]:
+        """Those of the first `inputs` inputs, or of all."""
+        return [row for rows in self.inputs[:inputs] for row in rows]
 
     @property
     def count(self) -> int:
-        return len(self.rows)
+        return len(self.rows())
 
     def reached(self) -> list[int]:
         """For each parameter, how many rows have a gradient of it."""
-        return torch.stack([row.sizes > 0 for row in self.rows]).sum(0).tolist()
+        return torch.stack([row.sizes > 0 for row in self.rows()]).sum(0).tolist()
 
     def effects(self) -> tuple[Tensor, Tensor]:
         """For each parameter, whether outputs depend on it, and whether running statistics do."""
-        found = []
-        for of_output in (True, False):
-            most = torch.zeros(self.n, dtype=torch.float64)
-            for row in self.rows:
-                if row.of_output == of_output:
-                    most = torch.maximum(most, row.sizes / row.sizes.max().clamp_min(1e-300))
-            found.append(most > self.tol)
-        return found[0], found[1]
+        depends = torch.stack([row.sizes / row.sizes.max().clamp_min(1e-300) > self.tol for row in self.rows()])
+        of_output = torch.tensor([row.of_output for row in self.rows()])
+        return depends[of_output].any(0), depends[~of_output].any(0)
 
     def singular(self, inputs: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Singular values and right singular vectors of the rows of the first `inputs` inputs, and the units of
@@ -58,7 +56,7 @@ class Equations:
         A row is taken in units of its largest ‖p_i‖‖g_i‖, a column then in units of their root mean square: what is
         left are cosines between parameters and gradients, next to which rounding errors are a few ε.
         """
-        rows = [row for row, i in zip(self.rows, self.inputs, strict=True) if inputs is None or i < inputs]
+        rows = self.rows(inputs)
         A = torch.stack([torch.cat([row.products, -row.degrees]) for row in rows])
         sizes = torch.stack([torch.cat([row.sizes, row.degrees.abs()]) for row in rows])
         largest = sizes.amax(1, keepdim=True).clamp_min(1e-300)

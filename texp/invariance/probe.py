@@ -161,7 +161,7 @@ class Probe:
                 for name, b in self.model.named_buffers():
                     # Running statistics start from zero: what they are after one step is then the new ones, times
                     # a constant.
-                    b.copy_(torch.zeros_like(b) if self._is_stat(name) else buffers[name])
+                    b.copy_(torch.zeros_like(b) if _is_stat(name) else buffers[name])
                 outputs = self.run()
                 runs.append((outputs, {n: b.clone() for n, b in self.model.named_buffers()}))
             for name, power in powers.items():
@@ -170,14 +170,14 @@ class Probe:
                 b.copy_(buffers[name])
         (before, left), (after, scaled_left) = runs
         for name, b in left.items():
-            moved = b.is_floating_point() and not self._is_stat(name) and not torch.equal(b, buffers[name])
+            moved = b.is_floating_point() and not _is_stat(name) and not torch.equal(b, buffers[name])
             if moved and (scaled_left[name] - b).norm() > torch.finfo(b.dtype).eps ** 0.6 * b.norm():
                 raise ValueError(
                     f"buffer {name} is changed by forward and grows with the weights, but how is not known: running "
                     "statistics are those called running_mean and running_var"
                 )
         change = max(((b - a).norm() / a.norm().clamp_min(1e-300)).item() for a, b in zip(before, after, strict=True))
-        return Change(change, {n: _log_ratio(scaled_left[n], left[n], c) for n in left if self._is_stat(n)})
+        return Change(change, {n: _log_ratio(scaled_left[n], left[n], c) for n in left if _is_stat(n)})
 
     def as_it_was(self, model: nn.Module) -> None:
         """Gives the copy the parameters, buffers, norms' eps and inputs that the model has."""
@@ -198,9 +198,8 @@ class Probe:
             torch.cuda.manual_seed(self.seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(self.seed % 2**32)
-        outputs = [
-            torch.view_as_real(y) if y.is_complex() else y for y in tensors(self.forward(self.model, *self.inputs))
-        ]
+        found = tensors(self.forward(self.model, *self.inputs))
+        outputs = [torch.view_as_real(y) if y.is_complex() else y for y in found]
         outputs = [y for y in outputs if y.is_floating_point()]
         if not outputs:
             raise ValueError("the output holds no tensor of floating-point numbers; see `forward`")
@@ -224,14 +223,11 @@ class Probe:
         if not isinstance(total, Tensor) or not total.requires_grad:
             return tuple(products)
         grads = torch.autograd.grad(total, params, retain_graph=retain, allow_unused=True)
-        found = [
-            (i, params[i].detach().flatten(), (g.to_dense() if g.is_sparse else g).flatten())
-            for i, g in enumerate(grads)
-            if g is not None
-        ]
-        if found:
-            pairs = [torch.stack([p.dot(g), g.norm()]) for _, p, g in found]
-            products[:, [i for i, *_ in found]] = torch.stack(pairs).T.cpu().double()
+        there = [i for i, g in enumerate(grads) if g is not None]
+        if there:
+            flat = [(params[i].detach().flatten(), grads[i].to_dense().flatten()) for i in there]
+            pairs = [torch.stack([p.dot(g), g.norm()]) for p, g in flat]
+            products[:, there] = torch.stack(pairs).T.cpu().double()
             products[1] *= torch.tensor(list(self.norm_of.values()), dtype=torch.float64)
         if not products.isfinite().all():
             raise ValueError("the gradients are not finite at a random point near the model's")
@@ -265,19 +261,17 @@ class Probe:
     def _random_like(self, x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
 
-    def _is_stat(self, name: str) -> bool:
-        return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+def _is_stat(name: str) -> bool:
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in a tensor, list, tuple, mapping or dataclass, nested to any depth."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
             yield from tensors(part)
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):

@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -62,7 +62,7 @@ def load(*, may_build: bool) -> ModuleType | None:
     if _has_given_up:
         return None
     try:
-        return _find_or_build(cache if may_build else None)
+        return _find_or_build(cache() if may_build else None)
     except BuildError as error:
         _missing["TEXP_NATIVE"] = str(error)
         if may_build:
@@ -83,9 +83,8 @@ def build_ahead() -> Path:
     """
     if build.setting("TEXP_NATIVE") == "0":
         raise BuildError(_turned_off("TEXP_NATIVE"))
-    installed = build.PACKAGE / build.CORES
-    module = _find_or_build(lambda: installed if os.access(build.PACKAGE, os.W_OK) else cache(), again=True)
-    return Path(module.__file__)
+    root = build.PACKAGE / build.CORES if os.access(build.PACKAGE, os.W_OK) else cache()
+    return Path(_find_or_build(root, again=True).__file__)
 
 
 def main() -> int:
@@ -110,22 +109,17 @@ def _turned_off(variable: str) -> str:
     return f"{variable}=0 {how}"
 
 
-def _variants() -> list[bool]:
-    """Whether to include the CUDA kernel: the choices in order of preference."""
-    wanted = build.setting("TEXP_CUDA")
-    if wanted == "0":
-        _missing["TEXP_CUDA"] = _turned_off("TEXP_CUDA")
-    return {"auto": [True, False], "1": [True], "0": [False]}[wanted]
-
-
-def _find_or_build(root: Callable[[], Path] | None, *, again: bool = False) -> ModuleType:
+def _find_or_build(root: Path | None, *, again: bool = False) -> ModuleType:
     """The core, loaded.
 
     Args:
-        root: returns the folder to build it in; None: do not build.
+        root: the folder to build it in; None: do not build.
         again: retry what has failed before.
     """
-    variants = _variants()
+    wanted = build.setting("TEXP_CUDA")
+    if wanted == "0":
+        _missing["TEXP_CUDA"] = _turned_off("TEXP_CUDA")
+    variants = {"auto": [True, False], "1": [True], "0": [False]}[wanted]  # with the CUDA kernel, or without it
     for with_cuda in variants:
         name = build.core_name(with_cuda)
         folders = _folders(name)
@@ -137,7 +131,7 @@ def _find_or_build(root: Callable[[], Path] | None, *, again: bool = False) -> M
                 _check_failed_before(folders, with_cuda)
             if root is None:
                 raise _NotYetError(f"it is not built yet: the first use does it, or `texp build` ({EXPECTED_TIME})")
-            return _build(root(), name, with_cuda, again)
+            return _build(root, name, with_cuda, again)
         except BuildError as error:
             # It may exist, or be possible to build, without the kernel.
             if with_cuda is variants[-1] or isinstance(error, _NotYetError):
@@ -189,7 +183,9 @@ def _build(root: Path, name: str, with_cuda: bool, again: bool) -> ModuleType:
                 _check_failed_before([folder], with_cuda)
             for leftover in folder.glob(f"{build.SCRATCH}*"):  # of an interrupted build
                 shutil.rmtree(leftover, ignore_errors=True)
-            print(_announcement(with_cuda), file=sys.stderr, flush=True)
+            parts = f"C++ core{' and the CUDA kernel' if with_cuda else ''}"
+            of = f"torch {torch.__version__} and Python {platform.python_version()}"
+            print(f"texp: building the {parts} for {of}, once: {EXPECTED_TIME}", file=sys.stderr, flush=True)
             try:
                 return _import(build.build(root, with_cuda))
             except CompileError as error:
@@ -203,11 +199,6 @@ def _build(root: Path, name: str, with_cuda: bool, again: bool) -> ModuleType:
             f"{root} cannot be used ({getattr(error, 'strerror', None) or error}); set TORCH_EXTENSIONS_DIR to a "
             "folder that can be written to"
         ) from None
-
-
-def _announcement(with_cuda: bool) -> str:
-    of = f"torch {torch.__version__} and Python {platform.python_version()}"
-    return f"texp: building the C++ core{' and the CUDA kernel' if with_cuda else ''} for {of}, once: {EXPECTED_TIME}"
 
 
 def _check_failed_before(folders: Iterable[Path], with_cuda: bool) -> None:

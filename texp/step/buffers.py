@@ -28,15 +28,13 @@ def with_buf(entry: Entry, momentum_dtype: torch.dtype | None) -> Entry:
         return entry._replace(buf=torch.zeros_like(entry.param if dense else entry.grad, dtype=dtype))
 
 
-def widened(entry: Entry, momentum_dtype: torch.dtype | None, new_bufs: list[tuple[Tensor, Tensor]]) -> Entry:
+def widened(entry: Entry, momentum_dtype: torch.dtype | None) -> Entry:
     """The entry with its momentum buffer converted if that is too narrow, as after model.float()."""
     dtype = torch.promote_types(entry.buf.dtype, buffer_dtype(entry.param, entry.param, momentum_dtype))
     if entry.buf.dtype == dtype or not (entry.buf.is_floating_point() or entry.buf.is_complex()):
         return entry
     with torch.inference_mode(False):
-        entry = entry._replace(buf=entry.buf.to(dtype))
-    new_bufs.append((entry.param, entry.buf))
-    return entry
+        return entry._replace(buf=entry.buf.to(dtype))
 
 
 def buf_of(state: dict[Tensor, Any], param: Tensor) -> Tensor | None:

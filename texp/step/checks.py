@@ -64,10 +64,6 @@ def check_row(index: int, row: Row, entry: Entry) -> None:
         )
 
 
-def is_sparse(entry: Entry) -> bool:
-    return any(x is not None and x.layout != torch.strided for x in entry)
-
-
 def check_sparse(index: int, hyper: Hyperparameters, row: Row) -> None:
     """Raises RuntimeError where `row` would make a sparse gradient or buffer dense."""
     if hyper.weight_decay != 0 and not (hyper.scale_invariant and hyper.momentum == 0):

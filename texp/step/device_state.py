@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from texp.step import groups
+from texp.step.buffers import buf_of
 from texp.theory import Scale
 
 
@@ -28,9 +29,7 @@ class DeviceScaleState:
         self.groups = list(param_groups)
         self.params = [p for group in param_groups for p in group["params"]]
         self._parked: dict[Tensor, Tensor] = {}  # buffers whose first step was skipped, hidden from the host
-        host_scales, host_initialized = self._from_host(state)
-        self.scales = host_scales.to(device)
-        self.momentum_initialized = host_initialized.to(device)
+        self.scales, self.momentum_initialized = (x.to(device) for x in self._from_host(state))
         self.workspace: Tensor | None = None
 
     def is_of(self, param_groups: list[dict[str, Any]]) -> bool:
@@ -54,7 +53,7 @@ class DeviceScaleState:
                     group["started"] = bool(row.view(torch.int64)[3])
         self.known = list(map(_known, self.groups))
         for p, initialized in zip(self.params, self.momentum_initialized.tolist(), strict=True):
-            if not initialized and _has_buffer(state, p):
+            if not initialized and buf_of(state, p) is not None:
                 self._parked[p] = state[p].pop("momentum_buffer")
                 if not state[p]:
                     del state[p]
@@ -67,9 +66,8 @@ class DeviceScaleState:
 
     def write(self, state: dict[Tensor, Any]) -> None:
         """Copies the scales of the groups to the device, in place."""
-        host_scales, host_initialized = self._from_host(state)
-        self.scales.copy_(host_scales)
-        self.momentum_initialized.copy_(host_initialized)
+        for own, host in zip((self.scales, self.momentum_initialized), self._from_host(state), strict=True):
+            own.copy_(host)
 
     def _from_host(self, state: dict[Tensor, Any]) -> tuple[Tensor, Tensor]:
         self.known = list(map(_known, self.groups))
@@ -77,15 +75,10 @@ class DeviceScaleState:
         for row, group in zip(scales, self.groups, strict=True):
             row[0], exponent, row[1] = groups.scale_of(group)
             row.view(torch.int64)[2] = exponent
-            bufs = [True if _has_buffer(state, p) else None for p in group["params"]]
-            row.view(torch.int64)[3] = not groups.is_first(group, bufs)
-        initialized = [_has_buffer(state, p) for p in self.params]
+            row.view(torch.int64)[3] = not groups.is_first(group, [buf_of(state, p) for p in group["params"]])
+        initialized = [buf_of(state, p) is not None for p in self.params]
         return scales, torch.tensor(initialized, dtype=torch.uint8, device="cpu")
 
 
 def _known(group: dict[str, Any]) -> tuple:
     return groups.is_scale_invariant(group), *groups.scale_of(group)
-
-
-def _has_buffer(state: dict[Tensor, Any], param: Tensor) -> bool:
-    return param in state and state[param].get("momentum_buffer") is not None

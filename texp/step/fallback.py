@@ -1,6 +1,7 @@
 """The tensors of a step that no kernel can take: they are stepped in plain torch."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,31 +11,21 @@ from texp.backends import reference
 from texp.backends.memory import that_share_memory
 from texp.backends.reference import Entry
 from texp.step import buffers, checks, groups
-from texp.theory import Row
+from texp.theory import KEEP, Row
 
 
+@dataclass
 class Fallback:
-    """What the C++ core leaves to texp.backends.reference. The core calls `check` before it changes anything; `do` is
-    called after it has done its part.
-
-    Args:
-        named: the backend that was requested by name, which leaves no parameter to others; or None.
-        momentum_dtype: of the optimizer.
+    """What is left to texp.backends.reference: by the C++ core, which calls `check` before it changes anything, or
+    all of a step where there is no core. `do` is called after the core has done its part.
     """
 
-    def __init__(
-        self,
-        named: str | None,
-        param_groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
-        momentum_dtype: torch.dtype | None,
-    ) -> None:
-        self.named = named
-        self.param_groups = param_groups
-        self.state = state
-        self.momentum_dtype = momentum_dtype
-        self.work: list[tuple[tuple[bool | None, Row], Entry]] = []  # `foreach` and row of each entry
-        self.new_bufs: list[tuple[Tensor, Tensor]] = []
+    named: str | None  # the backend that was requested by name, which leaves no parameter to others
+    param_groups: list[dict[str, Any]]
+    state: dict[Tensor, Any]
+    momentum_dtype: torch.dtype | None  # of the optimizer
+    work: list[tuple[tuple[bool | None, Row], Entry]] = field(default_factory=list)  # by `foreach` and row
+    new_bufs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def check(self, left: Iterable[tuple]) -> None:
         for index, why, row, param, grad, buf, starts in left:
@@ -42,20 +33,22 @@ class Fallback:
             checks.refuse_capture(index, group)
             checks.check_fused(group, entry)
             checks.check_tensors(index, entry)
+            if starts:
+                entry = buffers.with_buf(entry, self.momentum_dtype)
+            elif buf is not None:
+                entry = buffers.widened(entry, self.momentum_dtype)
+            if entry.buf is not buf:
+                self.new_bufs.append((param, entry.buf))
             checks.check_row(index, row, entry)
             if self.named is not None and why is not None:  # a tensor of norm_stats is left without a reason
                 raise RuntimeError(
                     f"backend={self.named!r} was requested, but of a parameter of shape {tuple(param.shape)} in "
                     f"parameter group {index}, {why}; backend=None leaves such parameters to plain torch"
                 )
-            if checks.is_sparse(entry):
+            if any(x is not None and x.layout != torch.strided for x in entry):
                 checks.check_sparse(index, groups.hyperparameters(group), row)
-            if starts:
-                entry = buffers.with_buf(entry, self.momentum_dtype)
-                self.new_bufs.append((entry.param, entry.buf))
-            elif buf is not None:
-                entry = buffers.widened(entry, self.momentum_dtype, self.new_bufs)
-            self.work.append(((group["foreach"], row), entry))
+            if row not in (KEEP, Row()):
+                self.work.append(((group["foreach"], row), entry))
 
     def do(self) -> None:
         shared = that_share_memory(reference.written(entry for _, entry in self.work))

@@ -3,8 +3,7 @@
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ from texp.torch_internals import foreach_copy_
 
 _BATCH = 1 << 24  # elements that are restored together
 
-
 Given = list[tuple[int, torch.Size, torch.dtype]]
 
 
@@ -33,10 +31,13 @@ class _Item(NamedTuple):
     unfold: Row
 
 
+_Part = tuple[_Item, Entry | None, Entry | None]  # what it was before it was folded, and what it is now
+
+
 def fold(optimizer: Any) -> None:
     """Turns the weights and momentum of all groups into θ and v, and their gradients into those at θ, in place."""
     items, work = _work(optimizer, _items(optimizer), "fold")
-    _apply(optimizer, work, lambda left: _check([items[i] for i in left], [work[i] for i in left]))
+    backends.apply(optimizer._stepper, work, lambda left: _check([items[i] for i in left], [work[i] for i in left]))
     _set_scales(optimizer, [(group, Scale()) for group in optimizer.param_groups])
 
 
@@ -55,22 +56,19 @@ class Folded:
         and v. Raises, and changes nothing, if it cannot.
         """
         items = [*self._items, *self._added()]
-        gradients = set()  # parameters may share one
         _check(*_work(self._optimizer, items, "unfold"))
-        for batch in _batches(items, self._saved + [None] * (len(items) - len(self._saved))):
-            again = [_copy(saved) for _, saved in batch]
-            work = [(item.fold, entry) for (item, _), entry in zip(batch, again, strict=True) if entry]
-            _apply(self._optimizer, work)
+        saved = self._saved + [None] * (len(items) - len(self._saved))
+        for batch in _batches(zip(items, saved, _entries(self._optimizer, items), strict=True)):
+            again = [_copy(saved) for _, saved, _ in batch]
+            work = [(item.fold, entry) for (item, *_), entry in zip(batch, again, strict=True) if entry]
+            backends.apply(self._optimizer._stepper, work)
             unchanged = []
-            for (item, saved), folded in zip(batch, again, strict=True):
-                now = _entry(self._optimizer, item)
-                if now is not None and item.what == "gradient":
-                    if id(now.param) in gradients:
-                        continue
-                    gradients.add(id(now.param))
-                if now is not None and saved is not None and _same(now, folded):
+            for (item, saved, now), folded in zip(batch, again, strict=True):
+                if now is None:
+                    continue
+                if saved is not None and _same(now, folded):
                     unchanged += [pair for pair in zip(now, saved, strict=True) if pair[0] is not None]
-                elif now is not None:
+                else:
                     self._restore(item, now, saved or _NOTHING, folded or _NOTHING)
             if unchanged:
                 foreach_copy_(*map(list, zip(*unchanged, strict=True)))
@@ -89,7 +87,7 @@ class Folded:
     def _restore(self, item: _Item, now: Entry, saved: Entry, folded: Entry) -> None:
         same_param = _equal(now.param, folded.param)
         same_buf = None if now.buf is None else _equal(now.buf, folded.buf) & same_param
-        _apply(self._optimizer, [(item.unfold, now)])
+        backends.apply(self._optimizer._stepper, [(item.unfold, now)])
         _put_back(now.param, saved.param, same_param)
         _put_back(now.buf, saved.buf, same_buf)
 
@@ -111,11 +109,7 @@ def _items(optimizer: Any) -> list[_Item]:
         if not scale.is_exponential():
             continue
         _refuse_copies(index, group, optimizer._given_to(group))
-        elsewhere = _stepped_elsewhere(optimizer, index)
-        grown, shrunk = Row(s_p=scale.P), Row(s_p=1 / scale.P)
-        items += _of_params(index, group["params"], scale)
-        items += [_Item(index, partial(_itself, p), "alone", shrunk, grown) for p in elsewhere]
-        items += [_Item(index, partial(_itself, p), "gradient", grown, shrunk) for p in elsewhere]
+        items += _of_params(index, [*group["params"], *_stepped_elsewhere(optimizer, index)], scale)
         stats = optimizer._norm_stats.of(group) if found[index] else ()
         rows = {stat.power: (Row(s_p=scale.P**-stat.power), Row(s_p=scale.P**stat.power)) for stat in stats}
         items += [_Item(index, stat.find, "alone", *rows[stat.power]) for stat in stats]
@@ -125,23 +119,14 @@ def _items(optimizer: Any) -> list[_Item]:
 def _of_params(index: int, params: list[Tensor], scale: Scale) -> list[_Item]:
     weight = theory.fold_row(scale), theory.unfold_row(scale)
     gradient = Row(s_p=scale.P), Row(s_p=1 / scale.P)
-    return [_Item(index, partial(_itself, p), "weight", *weight) for p in params] + [
-        _Item(index, partial(_itself, p), "gradient", *gradient) for p in params
-    ]
+    kinds = (("weight", *weight), ("gradient", *gradient))
+    return [_Item(index, lambda p=p: p, *kind) for kind in kinds for p in params]
 
 
 def _work(optimizer: Any, items: list[_Item], way: str) -> tuple[list[_Item], list[tuple[Row, Entry]]]:
     """The items that exist, and their rows; a gradient that parameters share is taken once."""
-    there, work, gradients = [], [], set()
-    for item in items:
-        entry = _entry(optimizer, item)
-        if entry is None or (item.what == "gradient" and id(entry.param) in gradients):
-            continue
-        if item.what == "gradient":
-            gradients.add(id(entry.param))
-        there.append(item)
-        work.append((getattr(item, way), entry))
-    return there, work
+    there = [(item, entry) for item, entry in zip(items, _entries(optimizer, items), strict=True) if entry]
+    return [item for item, _ in there], [(getattr(item, way), entry) for item, entry in there]
 
 
 def _check(items: list[_Item], work: list[tuple[Row, Entry]]) -> None:
@@ -153,16 +138,12 @@ def _check(items: list[_Item], work: list[tuple[Row, Entry]]) -> None:
 
 
 def _is_surely_writable(entry: Entry) -> bool:
-    p, _, b = entry
-    return _is_usual(p) and (b is None or (_is_usual(b) and b.shape == p.shape and b.device == p.device))
-
-
-def _is_usual(x: Tensor) -> bool:
-    return type(x) in PLAIN and x.layout == torch.strided and x.is_contiguous() and not x.is_inference()
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
+    p = entry.param
+    return all(
+        type(x) in PLAIN and x.layout == torch.strided and x.is_contiguous() and not x.is_inference()
+        and x.shape == p.shape and x.device == p.device
+        for x in (p, entry.buf) if x is not None
+    )  # fmt: skip
 
 
 def given(group: dict[str, Any]) -> Given:
@@ -203,28 +184,18 @@ def _stepped_elsewhere(optimizer: Any, index: int) -> list[Tensor]:
 
 def exposed(optimizer: Any) -> list[dict[str, Any]]:
     """The groups that ZeroRedundancyOptimizer shows, with the parameters of all processes. At every step it copies
-    their options into the optimizer's groups.
-    """
-    zero = _zero_of(optimizer)
-    return [] if zero is None else zero.param_groups
-
-
-def _zero_of(optimizer: Any) -> Any:
-    """The ZeroRedundancyOptimizer whose optimizer this is. There is no reference to it, so all objects are searched:
-    once, and only if the class has been imported.
+    their options into the optimizer's groups. There is no reference to it, so all objects are searched: once, and
+    only if the class has been imported.
     """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if module is None:
-        return None
+        return []
     if optimizer._zero is None:
         of = (x for x in gc.get_objects() if issubclass(type(x), module.ZeroRedundancyOptimizer))
         zero = next((x for x in of if getattr(x, "optim", None) is optimizer), None)
-        optimizer._zero = weakref.ref(zero) if zero is not None else _nobody
-    return optimizer._zero()
-
-
-def _nobody() -> None:
-    return None
+        optimizer._zero = (lambda: None) if zero is None else weakref.ref(zero)
+    zero = optimizer._zero()
+    return [] if zero is None else zero.param_groups
 
 
 def _entry(optimizer: Any, item: _Item) -> Entry | None:
@@ -234,6 +205,20 @@ def _entry(optimizer: Any, item: _Item) -> Entry | None:
     if tensor is None:
         return None
     return Entry(tensor, buf=buffers.buf_of(optimizer.state, tensor) if item.what == "weight" else None)
+
+
+def _entries(optimizer: Any, items: list[_Item]) -> list[Entry | None]:
+    """What each item is now; None also for a gradient that is in the list already: parameters may share one."""
+    entries, gradients = [], set()
+    for item in items:
+        entry = _entry(optimizer, item)
+        if entry is not None and item.what == "gradient":
+            if id(entry.param) in gradients:
+                entry = None
+            else:
+                gradients.add(id(entry.param))
+        entries.append(entry)
+    return entries
 
 
 def _copy(entry: Entry | None) -> Entry | None:
@@ -261,21 +246,17 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return a.layout == b.layout == torch.strided and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
-def _batches(items: list[_Item], saved: list[Entry | None]) -> Iterator[list[tuple[_Item, Entry | None]]]:
+def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
     batch, elements = [], 0
-    for item, entry in zip(items, saved, strict=True):
-        numel = 0 if entry is None else entry.param.numel()
+    for part in parts:
+        numel = 0 if part[1] is None else part[1].param.numel()
         if batch and elements + numel > _BATCH:
             yield batch
             batch, elements = [], 0
-        batch.append((item, entry))
+        batch.append(part)
         elements += numel
     if batch:
         yield batch
-
-
-def _apply(optimizer: Any, work: list[tuple[Row, Entry]], check: Callable = lambda left: None) -> None:
-    backends.apply(optimizer._stepper, work, check)
 
 
 def _set_scales(optimizer: Any, scales: list[tuple[dict[str, Any], Scale]]) -> None:

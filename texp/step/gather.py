@@ -1,5 +1,6 @@
 """A step in Python: gather which tensors it changes, advance the scale and the rows of each group, apply the rows.
-csrc/host does the same for the tensors that its kernels can take, and leaves the others to texp.step.fallback.
+csrc/host does the same for the tensors that its kernels can take, and leaves the others to texp.step.fallback, to
+which all are left here.
 """
 
 from typing import Any, NamedTuple
@@ -8,11 +9,11 @@ import torch
 from torch import Tensor
 
 from texp import theory
-from texp.backends import reference
 from texp.backends.reference import Entry
 from texp.step import buffers, checks, groups
+from texp.step.fallback import Fallback
 from texp.step.norm_stats import Found
-from texp.theory import KEEP, Hyperparameters, Row, Step
+from texp.theory import Hyperparameters, Step
 
 
 class GroupUpdate(NamedTuple):
@@ -22,13 +23,10 @@ class GroupUpdate(NamedTuple):
     group: dict[str, Any]
     hyper: Hyperparameters
     first: bool  # no tensor of it has a momentum buffer yet
-    work: dict[str | float, list[Entry]]  # parameters by the name of their row in theory.Step, norm_stats by power
-    new_bufs: list[tuple[Tensor, Tensor]]  # by parameter
+    tensors: list[tuple[str | float, Entry]]  # parameters by their row's name in theory.Step, norm_stats by power
 
-    def finish(self, step: Step, state: dict[Tensor, Any]) -> None:
+    def finish(self, step: Step) -> None:
         """Stores what the group needs for its next step."""
-        for param, buf in self.new_bufs:
-            state[param]["momentum_buffer"] = buf
         if groups.is_exponential(self.group):
             groups.set_scale(self.group, step.scale)
             if not self.group["params"] and self.hyper.momentum != 0:
@@ -48,75 +46,42 @@ def step(
 
     Raises before anything is changed.
     """
-    updates = gather(param_groups, stats, state, momentum_dtype)
+    updates = gather(param_groups, stats, state)
     steps = [advance(update, grad_scale) for update in updates]
+    fallback = Fallback(None, param_groups, state, momentum_dtype)
     for update, step in zip(updates, steps, strict=True):
-        for kind, entries in update.work.items():
-            if (row := _row_of(step, kind)) not in (KEEP, Row()):
-                reference.apply(row, entries, foreach=update.group["foreach"])
-        update.finish(step, state)
+        for kind, entry in update.tensors:
+            row = getattr(step, kind) if isinstance(kind, str) else step.norm_stat(kind)
+            fallback.check([(update.index, None, row, *entry, kind == "first")])
+    fallback.do()
+    for update, step in zip(updates, steps, strict=True):
+        update.finish(step)
 
 
-def gather(
-    param_groups: list[dict[str, Any]], stats: Found, state: dict[Tensor, Any], momentum_dtype: torch.dtype | None
-) -> list[GroupUpdate]:
-    """What a step changes in the groups that take part in it; raises for tensors that cannot be stepped."""
-    return [
-        _of_group(index, group, stats[index], state, momentum_dtype)
-        for index, group in enumerate(param_groups)
-        if groups.steps(group)
-    ]
-
-
-def _of_group(
-    index: int,
-    group: dict[str, Any],
-    stats: list[tuple[Tensor, float]],
-    state: dict[Tensor, Any],
-    momentum_dtype: torch.dtype | None,
-) -> GroupUpdate:
-    checks.refuse_capture(index, group)
-    groups.check_step(index, group)
-    hyper = groups.hyperparameters(group)
-    entries = [Entry(p, p.grad) for p in group["params"]]
-    if hyper.momentum != 0 or groups.is_exponential(group):  # otherwise buffers are left alone
-        entries = [entry._replace(buf=buffers.buf_of(state, entry.param)) for entry in entries]
-    first = groups.is_first(group, [entry.buf for entry in entries])
-    update = GroupUpdate(index, group, hyper, first, {}, [])
-    for entry in entries:
-        checks.check_fused(group, entry)
-        checks.check_tensors(index, entry)
-        if entry.grad is None:
-            kind = "idle"
-        elif entry.buf is None and hyper.momentum != 0:
-            kind = "first"
-            entry = buffers.with_buf(entry, momentum_dtype)
-            update.new_bufs.append((entry.param, entry.buf))
-        else:
-            kind = "running"
-        if entry.buf is not None and kind != "first":
-            entry = buffers.widened(entry, momentum_dtype, update.new_bufs)
-        update.work.setdefault(kind, []).append(entry)
-    for stat, power in stats:
-        update.work.setdefault(float(power), []).append(Entry(stat))
-    return update
+def gather(param_groups: list[dict[str, Any]], stats: Found, state: dict[Tensor, Any]) -> list[GroupUpdate]:
+    """What a step changes in the groups that take part in it."""
+    updates = []
+    for index, group in enumerate(param_groups):
+        if not groups.steps(group):
+            continue
+        checks.refuse_capture(index, group)
+        groups.check_step(index, group)
+        hyper = groups.hyperparameters(group)
+        uses_bufs = hyper.momentum != 0 or groups.is_exponential(group)  # otherwise they are left alone
+        tensors = []
+        for p in group["params"]:
+            buf = buffers.buf_of(state, p) if uses_bufs else None
+            kind = "idle" if p.grad is None else "first" if buf is None and hyper.momentum != 0 else "running"
+            tensors.append((kind, Entry(p, p.grad, buf)))
+        first = groups.is_first(group, [entry.buf for _, entry in tensors])
+        tensors += [(float(power), Entry(stat)) for stat, power in stats[index]]
+        updates.append(GroupUpdate(index, group, hyper, first, tensors))
+    return updates
 
 
 def advance(update: GroupUpdate, grad_scale: float) -> Step:
-    """The rows of a group and its next scale, by theory.advance; raises for rows that its tensors cannot take."""
-    scale, hyper, first, index = groups.scale_of(update.group), update.hyper, update.first, update.index
+    """The rows of a group and its next scale, by theory.advance."""
     try:
-        step = theory.advance(scale, hyper, first=first, grad_scale=grad_scale)
+        return theory.advance(groups.scale_of(update.group), update.hyper, first=update.first, grad_scale=grad_scale)
     except ValueError as error:
-        raise ValueError(f"parameter group {index}: {error}") from None
-    for kind, entries in update.work.items():
-        for entry in entries:
-            checks.check_row(index, _row_of(step, kind), entry)
-            if checks.is_sparse(entry):
-                checks.check_sparse(index, hyper, _row_of(step, kind))
-    return step
-
-
-def _row_of(step: Step, kind: str | float) -> Row:
-    """The row for a key of `GroupUpdate.work`."""
-    return getattr(step, kind) if isinstance(kind, str) else step.norm_stat(kind)
+        raise ValueError(f"parameter group {update.index}: {error}") from None

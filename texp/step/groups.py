@@ -5,6 +5,7 @@ holds none of its parameters, `started`.
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,13 +112,13 @@ def check_step(index: int, group: dict[str, Any]) -> None:
         raise ValueError(f"parameter group {index}: {error}") from None
 
 
+@dataclass
 class AsIs:
     """Carries a value through torch's load_state_dict, which would copy it, and cast a tensor to the parameter's
     dtype.
     """
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    value: Any
 
     def __deepcopy__(self, memo: dict) -> "AsIs":
         return self
