@@ -28,9 +28,8 @@ class SGD(FusedOptimizer):
         differentiable: take torch's own step, which autograd can follow. Default False; not for scale-invariant
             groups.
         fused: True asks a GradScaler to leave the gradients scaled, as torch's fused step does: the step unscales
-        them
-            while reading them, without waiting for the device. It does not select kernels: a step is a single pass
-            in any case. Default None.
+            them while reading them, without waiting for the device. It does not select kernels: a step is a single
+            pass in any case. Default None.
         scale_invariant: the loss must not change when all parameters of the group are multiplied by the same
             number c > 0. Their weight decay is then traded for a growing LR. Default False; usually set per
             group, as texp.param_groups does.
