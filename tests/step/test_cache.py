@@ -111,6 +111,7 @@ def test_lists_of_tensors_that_take_turns(target):
         step_both(runs, steps=1)
 
 
+@pytest.mark.skipif(texp.backends.core() is None, reason=f"without the C++ core: {texp.backends.available()['cpu']}")
 def test_a_step_inside_the_check_of_the_same_optimizer(monkeypatch):
     """Both are taken, and the steps after them compare with what was really done last."""
     runs = pair(Target(None, "cpu"))
