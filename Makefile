@@ -66,8 +66,8 @@ clean:
 	rm -rf .venv .ready* build dist *.egg-info texp/_native
 
 # The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not looked for: Python has its own.
-SANITIZED_TESTS := $(addprefix tests/,$(addsuffix .py,backends/test_core backends/test_rows step/test_host test_refusals \
-	test_optimizer test_sparse test_amp test_state_dicts))
+SANITIZED_TESTS := $(addprefix tests/,$(addsuffix .py,backends/test_core backends/test_rows step/test_host step/test_edits \
+	step/test_cache test_refusals test_optimizer test_sparse test_amp test_state_dicts))
 sanitize: export TEXP_NATIVE = 1
 sanitize: export TEXP_SANITIZE = address,undefined
 sanitize: $(READY)

@@ -10,7 +10,7 @@ from torch import nn
 
 import texp
 from tests.backends.gpu import ARGUMENTS, LAYOUTS, needs, set_grads, static_grads, twins
-from tests.backends.tables import launch, rows_of, tensor_entry
+from tests.backends.tables import DTYPES, launch, rows_of, tensor_entry
 from tests.conftest import profiler, relative_error, same_bits
 from texp import theory
 from texp.step import groups
@@ -20,7 +20,6 @@ from texp.theory import Row
 pytestmark = needs("triton")
 
 DEVICE = "cuda"
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def make(p: nn.Parameter, backend: str, **arguments) -> texp.SGD:
@@ -438,24 +437,6 @@ def test_a_profiler_of_triton_sees_the_launches():
         triton.knobs.runtime.launch_enter_hook.remove(hook)
     launcher.apply(*given)
     assert seen == ["apply"]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offset", [0, 1])
-def test_sums_of_squares(dtype, offset):
-    """Within the roundings of a sum in float64, in whatever order; in every run the same bits."""
-    torch.manual_seed(0)
-    sizes = [0, 1, 37, 100_001, 3_000_000]
-    params = [torch.randn(size + offset, device=DEVICE).to(dtype)[offset:] for size in sizes]
-    grads = [torch.randn_like(p) for p in params]
-    tensors = b"".join(tensor_entry(p, g) for p, g in zip(params, grads, strict=True))
-    sums = launch().Launcher().reduce("cuda:0", tensors)
-    assert all(same_bits(launch().Launcher().reduce("cuda:0", tensors), sums) for _ in range(5))
-    for size, row, *of in zip(sizes, sums.tolist(), params, grads, strict=True):
-        for x, y in zip(row, of, strict=True):
-            assert math.isclose(
-                x, y.double().square().sum().item(), rel_tol=2 * size * torch.finfo(torch.float64).eps
-            )
 
 
 def test_tensors_on_the_cpu_are_refused():

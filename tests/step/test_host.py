@@ -68,23 +68,6 @@ def test_what_is_left_to_the_reference_can_be_batched(monkeypatch):
 
 
 @needs_core
-def test_state_that_is_edited_between_steps_is_seen():
-    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
-    optimizer = texp.SGD([p, q], lr=1.0, momentum=0.5, backend="cpu")
-    p.grad = q.grad = torch.ones(3)
-    optimizer.step()
-    optimizer.state[p] = {"momentum_buffer": torch.full((3,), 10.0)}
-    del optimizer.state[q]
-    optimizer.step()
-    assert torch.equal(p.detach(), torch.full((3,), -6.0))  # 1 − 1 − (5 + 1)
-    assert torch.equal(q.detach(), torch.full((3,), -1.0))  # 1 − 1 − 1
-    torch.utils.swap_tensors(p, nn.Parameter(torch.zeros(3)))
-    p.grad = torch.ones(3)
-    optimizer.step()
-    assert torch.equal(p.detach(), torch.full((3,), -4.0))  # 0 − (3 + 1)
-
-
-@needs_core
 def test_a_step_inside_the_check_of_another():
     """The check of what is left to the reference is Python, which may do anything, even step another optimizer."""
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.complex64))
