@@ -1,8 +1,9 @@
 """Time of the host in a step: what is left of it when the kernels do nothing.
 
-python -m benchmarks.host_time [CHECKOUT…] [--csv FILE]: for each checkout, this one if none is named, the microseconds
-of optimizer.step() for several lists of tensors, with rows that the host computes and with rows that are left to a
-device. Checkouts take turns, in processes of their own, and the fastest of all rounds counts: others are disturbed.
+python -m benchmarks.host_time [CHECKOUT…] [--csv FILE]: for each checkout, this one if none is named, the
+microseconds of optimizer.step() for several lists of tensors, with rows that the host computes and with rows that are
+left to a device. Checkouts take turns, in processes of their own, and the fastest of all rounds counts: others are
+disturbed.
 """
 
 import argparse

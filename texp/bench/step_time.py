@@ -34,7 +34,6 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
     The reference backend is left out above 20 million parameters: it is not made to be fast and would take most of
     the time.
     """
-    torch_sgd = partial(torch.optim.SGD, **_ARGUMENTS)
     made: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "torch for-loop": partial(torch.optim.SGD, **_ARGUMENTS, foreach=False),
         "torch foreach": partial(torch.optim.SGD, **_ARGUMENTS, foreach=True),
