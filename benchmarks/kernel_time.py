@@ -1,7 +1,7 @@
 """Time of a step's kernels alone, by torch's profiler: python -m benchmarks.kernel_time, on a GPU.
 
-For each list of tensors and dtype, microseconds and launches of a step of torch.optim.SGD(fused=True) and of texp.SGD,
-with rows that the host computes and with rows on the device (of which the second launch waits for the first).
+For each list of tensors and dtype, microseconds and launches of a step of torch.optim.SGD(fused=True) and of texp.SGD
+with rows that the host computes, and with rows on the device (of which the second launch waits for the first).
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def main() -> None:
                 p.grad = torch.randn_like(p)
             for candidate, make in CANDIDATES.items():
                 time, launches = kernel_time(make(params).step)
-                print(f"{name:18} {str(dtype):16} {candidate:28} {time:8.1f} µs in {launches:.0f}")
+                print(f"{name:18} {dtype!s:16} {candidate:28} {time:8.1f} µs in {launches:.0f}")
 
 
 if __name__ == "__main__":

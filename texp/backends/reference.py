@@ -69,8 +69,7 @@ def reduce(entries: Iterable[Entry]) -> Tensor:
     Elements are squared and added in float64, in an order that depends on the shape and strides of a tensor alone:
     the sums have the same bits in every run, whatever the number of threads. A missing gradient counts as 0, a sparse
     one as the dense tensor that it stands for; for complex numbers, absolute values are squared. For a DTensor the
-    sum is
-    over all shards, which takes a collective: all of its processes must call this.
+    sum is over all shards, which takes a collective: all of its processes must call this.
     """
     sums = [
         torch.zeros((), dtype=torch.float64, device=entry.param.device) if x is None else _sum_of_squares(x)
