@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <deque>
 #include <unordered_set>
 #include <utility>
@@ -92,7 +93,7 @@ class TensorList {
   int64_t size() const { return static_cast<int64_t>(size_); }
   const Tiles& tiles() const { return tiles_; }
 
-  // Another number whenever the entries are not, byte for byte, those of the step before.
+  // Another number whenever the entries are not, byte for byte, those of the step before; no two lists have the same.
   int64_t version() const { return version_; }
 
   // Begins a step. The entries of the last one stay where they are, to be compared with.
@@ -168,7 +169,7 @@ class TensorList {
   bool finish() {
     if (size_ != last_size_) changed_ = moved_ = true;
     last_size_ = size_;
-    if (changed_ || moved_) ++version_;
+    if (changed_ || moved_) version_ = ++versions_;
     if (moved_ || !copies_.empty()) {
       const uint64_t layout = fingerprint();
       uint64_t& known = known_layouts_[layout % known_layouts_.size()];
@@ -333,6 +334,7 @@ class TensorList {
   bool moved_ = true;    // whether one is in other memory
   bool is_checked_ = false;  // whether the entries are those of a step whose memory was found not to be shared
   int64_t version_ = 0;
+  static inline std::atomic<int64_t> versions_ = 0;  // how many there are of all lists: launchers know them by number
   Tiles tiles_;                    // on the CPU
   std::deque<at::Tensor> copies_;  // a deque, so that references stay valid
   std::vector<std::pair<at::Tensor, at::Tensor>> written_back_;

@@ -41,7 +41,7 @@ FAULTS = {
     "state that is no dict": lambda group, p, state: state.update({p: 3}),
     "a buffer of another shape": lambda group, p, state: state.update({p: {"momentum_buffer": torch.ones(7)}}),
     "a buffer of integers": lambda group, p, state: state.update({p: {"momentum_buffer": torch.ones(3, 4).int()}}),
-    "weights that were expanded": lambda group, p, state: setattr(p, "data", torch.ones(4).double().expand(3, 4)),
+    "weights that were expanded": lambda group, p, state: setattr(p, "data", p.detach()[:1].expand(3, 4)),
     "statistics that are none": lambda group, p, state: group.update(scale_invariant=True, norm_stats=[3]),
 }
 
@@ -137,6 +137,38 @@ def test_a_step_inside_the_check_of_the_same_optimizer(monkeypatch):
     step_both(runs, steps=3)
 
 
+@pytest.mark.parametrize("target", [DEFAULT, *targets()])
+def test_a_step_inside_the_gathering_of_the_same_optimizer(target):
+    """Of other tensors: what is uploaded for one of them is not taken for the other's."""
+
+    class SteppingLR:
+        def __init__(self, run: Run) -> None:
+            self.run, self.asked = run, 0
+
+        def __float__(self) -> float:
+            self.asked += 1
+            if self.asked == 1:
+                p = self.run.params[0]
+                p.grad, grad = None, p.grad
+                self.run.optimizer.step()
+                p.grad = grad
+            return 0.05
+
+    runs = pair(target)
+    step_both(runs, steps=3)
+    ours, theirs = runs
+    ours.groups[1]["lr"] = SteppingLR(ours)
+    ours.optimizer.step()
+    p = theirs.params[0]
+    p.grad, grad = None, p.grad
+    theirs.optimizer.step()
+    p.grad = grad
+    theirs.optimizer.step()
+    assert_close(*runs)
+    assert ours.groups[1]["lr"].asked > 1
+    step_both(runs, steps=3)
+
+
 @pytest.mark.parametrize("elements", [10, 1_200_000])  # the GIL is released for the longer one
 def test_threads_that_step_an_optimizer_each(swift_target, elements):
     def made(seed: int) -> tuple[texp.SGD, list[nn.Parameter]]:
@@ -150,14 +182,15 @@ def test_threads_that_step_an_optimizer_each(swift_target, elements):
         for _ in range(20):
             optimizer.step()
 
-    side_by_side, alone = ([made(seed) for seed in range(3)] for _ in range(2))
+    alone, side_by_side = ([made(seed) for seed in range(3)] for _ in range(2))
+    for optimizer, _ in alone:
+        step(optimizer)
     threads = [threading.Thread(target=step, args=(optimizer,)) for optimizer, _ in side_by_side]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for (optimizer, expected), (_, params) in zip(alone, side_by_side, strict=True):
-        step(optimizer)
+    for (_, expected), (_, params) in zip(alone, side_by_side, strict=True):
         assert all(same_bits(p, q) for p, q in zip(params, expected, strict=True))
 
 
