@@ -120,7 +120,7 @@ class TensorList {
     if (!is_usual(*p_impl) || !shared_.empty() || (g_impl != nullptr && !is_like(*g_impl, *p_impl)) ||
         (b_impl != nullptr && !is_like(*b_impl, *p_impl)))
       return false;
-    const at::ScalarType type = p_impl->dtype().toScalarType();
+    const at::ScalarType type = c10::typeMetaToScalarType(p_impl->dtype());
     if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
     const Dtype dtype = dtype_of(type);
     push(*p_impl, p_impl, g_impl, b_impl, b_impl, row, Dtypes::of(dtype, dtype, dtype));
