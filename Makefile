@@ -65,7 +65,8 @@ $(READY): setup.py pyproject.toml Makefile
 clean:
 	rm -rf .venv .ready* build dist *.egg-info texp/_native
 
-# The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not looked for: Python has its own.
+# The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer, without Triton, whose interpreter is slow. Leaks are
+# not looked for: Python has its own.
 SANITIZED_TESTS := $(addprefix tests/,$(addsuffix .py,backends/test_core backends/test_rows step/test_host step/test_edits \
 	step/test_cache test_refusals test_optimizer test_sparse test_amp test_state_dicts))
 sanitize: export TEXP_NATIVE = 1
@@ -74,4 +75,4 @@ sanitize: $(READY)
 	$(BIN)/python setup.py -q build_ext --inplace
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(BIN)/pytest -q -m "not slow" $(SANITIZED_TESTS)
+	$(BIN)/pytest -q -m "not slow" -k "not triton" $(SANITIZED_TESTS)
