@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -284,6 +284,7 @@ WAYS = [
 
 @pytest.mark.parametrize(("target", "capturable"), WAYS)
 @given(edits=st.lists(st.tuples(st.sampled_from([*EDITS, *OURS]), st.integers(0, 3)), max_size=8))
+@example(edits=[("no gradient", 1), ("a narrow buffer", 1)])  # an idle tensor's buffer is left alone
 @settings(max_examples=25)
 def test_every_sequence_of_changes_is_seen(target, capturable, edits):
     """Also where P and κ are on the device."""

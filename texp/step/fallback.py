@@ -35,7 +35,7 @@ class Fallback:
             checks.check_tensors(index, entry)
             if starts:
                 entry = buffers.with_buf(entry, self.momentum_dtype)
-            elif buf is not None:
+            elif buf is not None and row not in (KEEP, Row()):
                 entry = buffers.widened(entry, self.momentum_dtype)
             if entry.buf is not buf:
                 self.new_bufs.append((param, entry.buf))
