@@ -106,8 +106,8 @@ class Gather {
   std::vector<GroupEntry> groups;      // with rows on a device
   std::vector<RowRequest> requests;
   std::vector<PyObject*> started;      // groups without parameters that take a step with momentum there
-  bool is_averaged;  // a group in exponential form has the LR of torch.optim.swa_utils.SWALR: somebody averages its weights
-  bool is_held;      // everything is kept alive, so that Python code may run
+  bool is_averaged = false;  // a group in exponential form has the LR of SWALR: somebody averages its weights
+  bool is_held = false;  // everything is kept alive, so that Python code may run
 
   // For rows on the host. cpu, cuda: who takes the tensors there.
   void gather(const py::list& param_groups, const py::object& norm_stats, const py::dict& state, double grad_scale,
@@ -172,9 +172,8 @@ class Gather {
 
   // Keeps what a launcher, which is Python code, may drop; the tensors themselves are not needed after it.
   void hold_for_launch(TensorList& list) {
-    if (is_held) return;
     list.hold_memory();
-    hold_groups();
+    if (!is_held) hold_groups();
   }
 
   // Forgets everything, but keeps the memory, and what the next step is compared with.
@@ -195,8 +194,6 @@ class Gather {
   TensorList& on_cpu() { return on_cpu_; }
   std::vector<std::unique_ptr<TensorList>>& on_cuda() { return on_cuda_; }
   TensorList& on_device() { return *list_of(device_->scales.device()); }
-
-  bool keeps(int32_t row) const { return row_keeps_[row]; }
 
  private:
   // Thrown where a group holds norm_stats that the optimizer has not taken over yet.

@@ -43,7 +43,6 @@ inline const char* texp_cuda_reduce(int, void*, const TensorEntry*, int64_t, dou
   return "texp was built without it";
 }
 inline int64_t texp_cuda_reduce_workspace(const TensorEntry*, int64_t) { return 0; }
-inline const char* texp_cuda_load(int) { return "texp was built without it"; }
 inline bool texp_cuda_is_capturing(void*) { return false; }
 }
 #endif

@@ -132,3 +132,7 @@ class TestTheReference:
         """A piece in float64 and its squares, and no copy of the whole."""
         entries = [Entry(torch.ones(1000, 1000), torch.ones(1000, 1000).t())]
         assert peak(lambda: reference.reduce(entries)) <= 3 * 8 * reference.SUMMED
+
+
+def test_nothing(target):
+    assert backends.ALL[target.backend].reduce([]).shape == (0, 2)

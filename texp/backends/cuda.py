@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from texp import native
+from texp.backends import reference
 from texp.backends.base import OK, Backend, reason_of_core
 from texp.backends.reference import Entry
 from texp.torch_internals import current_raw_stream
@@ -50,5 +51,7 @@ class Cuda(Backend):
 
     def reduce(self, entries: Iterable[Entry]) -> Tensor:
         entries = list(entries)
+        if not entries:
+            return reference.reduce(entries)
         device = entries[0].param.device
         return native.core().reduce(entries, str(device), current_raw_stream(device.index))

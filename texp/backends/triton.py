@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from texp.backends import reference
 from texp.backends.base import OK, Backend, reason_of_core
 from texp.backends.reference import Entry
 
@@ -36,6 +37,8 @@ class Triton(Backend):
     def reduce(self, entries: Iterable[Entry]) -> Tensor:
         launch = _kernels()[0]
         dense = [[x if x is None else x.contiguous() for x in entry[:2]] for entry in entries]
+        if not dense:
+            return reference.reduce(())
         table = (launch.layout.TensorEntry * len(dense))()
         for row, (p, g) in zip(table, dense, strict=True):
             row.p, row.g, row.numel = p.data_ptr(), None if g is None else g.data_ptr(), p.numel()
