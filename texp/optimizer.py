@@ -20,7 +20,12 @@ from texp.step.device_state import DeviceScaleState
 from texp.step.fallback import Fallback
 from texp.step.folding import Folded
 from texp.step.norm_stats import NormStat, NormStats
-from texp.torch_internals import current_raw_stream, disable_dynamo, has_global_step_hooks
+from texp.torch_internals import (
+    current_raw_stream,
+    disable_dynamo,
+    global_step_post_hooks,
+    global_step_pre_hooks,
+)
 
 # Options of the whole optimizer rather than of a group; pickled with it.
 _OPTIONS = {"_backend": None, "_step_supports_amp_scaling": False, "capturable": False, "momentum_dtype": None}
@@ -183,8 +188,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _is_observed(self) -> bool:
         if type(self).step is not FusedOptimizer.step:
             return False  # a subclass overrides step(): torch has wrapped that
-        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or has_global_step_hooks()
-        return bool(hooks) or self._observed is None or self._observed()
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            return True
+        if global_step_pre_hooks or global_step_post_hooks:
+            return True
+        return self._observed is None or self._observed()
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

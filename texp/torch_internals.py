@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 
 try:
-    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+    # What torch.optim.optimizer.register_optimizer_step_pre_hook and its like have registered.
+    from torch.optim.optimizer import _global_optimizer_post_hooks as global_step_post_hooks
+    from torch.optim.optimizer import _global_optimizer_pre_hooks as global_step_pre_hooks
 except ImportError:
     # Then there is no telling, and every step is taken as one with hooks.
-    _global_optimizer_pre_hooks = _global_optimizer_post_hooks = {0: None}
+    global_step_pre_hooks = global_step_post_hooks = {0: None}
 
 try:
     from torch import _appdirs
 except ImportError:
     _appdirs = None
-
-
-def has_global_step_hooks() -> bool:
-    """Whether torch.optim.optimizer.register_optimizer_step_pre_hook or its like has registered any."""
-    return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 disable_dynamo = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable

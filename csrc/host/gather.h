@@ -12,6 +12,7 @@
 #include <deque>
 #include <memory>
 #include <numeric>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -180,7 +181,7 @@ class Gather {
   void clear() {
     drop();
     for_each_list([](TensorList& list) { list.start(); });
-    reader_.start(nullptr, false);
+    reader_.drop();
     found_ = norm_stats_ = param_groups_ = state_ = {};
     device_ = nullptr;
   }
@@ -208,6 +209,7 @@ class Gather {
     cpu_ = cpu;
     cuda_ = cuda;
     device_ = device;
+    scales_ = device == nullptr ? nullptr : reinterpret_cast<DeviceScale*>(device->scales.mutable_data_ptr<double>());
     is_watched_ = c10::impl::TorchDispatchModeTLS::any_modes_set();
     known_rows_ = nullptr;
     for_each_list([](TensorList& list) { list.start(); });
@@ -233,7 +235,7 @@ class Gather {
     started.clear();
     objects_.clear();
     grads_of_fallback_.clear();
-    last_list_ = device_ == nullptr && cpu_.take ? &on_cpu_ : nullptr;
+    usual_list_ = nullptr;
     slot_ = 0;
     is_held = is_averaged = false;
   }
@@ -262,37 +264,38 @@ class Gather {
   }
 
   void gather_group(Py_ssize_t index, PyObject* group) {
-    const Options options = reader_.options(group);
+    const Options& options = reader_.options(group, index);
     if (options[Key::norm_stats] != nullptr && !found_) throw GivesNormStats{};
-    PyObject* list = options.required(Key::params);
-    if (!PyList_Check(list) && !PyTuple_Check(list)) throw py::type_error("group['params'] must be a list");
+    const std::span<PyObject*> list = reader_.params(options);
     const StoredScale stored(options);
     const bool scale_invariant = reader_.flag(options[Key::scale_invariant]);
-    const bool on_device = device_ != nullptr, may_be_exponential = scale_invariant || stored.P != nullptr;
-    const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
+    const bool on_device = device_ != nullptr;
+    if (!on_device && !scale_invariant && stored.P == nullptr) return gather_ordinary(index, options, list);
     params_.clear();
     bool steps = false, all = true;
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list); ++i) {
-      const bool has_grad = reader_.param(PySequence_Fast_GET_ITEM(list, i), params_).has_grad();
+    for (PyObject* object : list) {
+      Param& param = params_.emplace_back();
+      reader_.read(object, param);
+      const bool has_grad = param.has_grad();
       steps = steps || has_grad;
       all = all && has_grad;
-      if (!has_grad && !on_device && !may_be_exponential) params_.pop_back();
     }
     const int32_t first_slot = slot_;
-    slot_ += static_cast<int32_t>(count);
+    slot_ += static_cast<int32_t>(list.size());
     if (on_device) {
-      check_is_known(options, stored, scale_invariant, index, first_slot);
+      if (!is_known(options, stored, scale_invariant, index, first_slot)) throw NotOnDevice{"", true};
       if (device_->capturing && !all) throw NotOnDevice{"a parameter has no gradient: replays would go on without it"};
     }
     // A group in exponential form of which this process holds no parameter follows the others' (texp/step/groups.py).
-    const bool is_empty = count == 0;
+    const bool is_empty = list.empty();
     if (!steps && !is_empty) return;
 
     const Scale scale = reader_.scale(stored, index);  // on the device: when it was last on the host
     const bool is_ordinary = !scale_invariant && scale.P == 1 && scale.kappa == 0;
     if (is_ordinary && is_empty) return;
     GroupEntry entry{};
-    const bool has_momentum = on_device ? read_numbers(options, index, entry)
+    if (on_device) read_hyperparameters(options, index, entry);
+    const bool has_momentum = on_device ? entry.in[1] != Number::In::host || entry.momentum.value != 0
                                         : reader_.hyperparameters(options, index).momentum != 0;
     bool without_buffers = !is_empty || !(reader_.flag(options[Key::started]) || scale != Scale{});
     if (has_momentum || !is_ordinary) {
@@ -304,11 +307,8 @@ class Gather {
     }
     int32_t update = -1;
     if (on_device) {
-      entry.nesterov = reader_.flag(options.required(Key::nesterov));
-      entry.maximize = reader_.flag(options.required(Key::maximize));
-      entry.scale_invariant = scale_invariant;
       entry.without_buffers = without_buffers;
-      entry.scale = reinterpret_cast<DeviceScale*>(device_->scales.mutable_data_ptr<double>()) + index;
+      entry.scale = scales_ + index;
       entry.begin = static_cast<int32_t>(requests.size());
       if (is_empty && has_momentum) started.push_back(group);
     } else {
@@ -320,11 +320,8 @@ class Gather {
     for (size_t i = 0; i < params_.size(); ++i) {
       const Param& param = params_[i];
       if (!param.has_grad() && is_ordinary) continue;
-      const Kind kind = !param.has_grad() ? Kind::idle
-                        : param.buf == nullptr && has_momentum ? Kind::first
-                                                               : Kind::running;
-      const int32_t row = on_device ? request(kind, param, first_slot + i) : row_of(update, kind);
-      if (const Refusal refusal = take(param, kind, row)) refuse(index, refusal, row, kind, param);
+      const Kind kind = kind_of(param, has_momentum);
+      take(index, param, kind, on_device ? request(kind, param, first_slot + i) : row_of(update, kind));
     }
     if (!is_ordinary && found_) gather_statistics(index, update);
     if (!is_ordinary && options[Key::swa_lr] != nullptr) is_averaged = true;
@@ -332,6 +329,30 @@ class Gather {
       entry.end = static_cast<int32_t>(requests.size());
       groups.push_back(entry);
     }
+  }
+
+  // With rows on the host, in one pass: no row depends on what comes behind its tensor.
+  void gather_ordinary(Py_ssize_t index, const Options& options, std::span<PyObject*> list) {
+    bool has_momentum = false;
+    int32_t update = -1;  // until the first gradient: without one the group does not step
+    for (PyObject* object : list) {
+      Param param;
+      reader_.read(object, param);
+      if (!param.has_grad()) continue;
+      if (update < 0) {
+        const Hyperparameters& h = reader_.hyperparameters(options, index);
+        has_momentum = h.momentum != 0;
+        update = update_of(h, Scale{}, false);
+      }
+      if (has_momentum) param.buf = reader_.buffer(param);
+      const Kind kind = kind_of(param, has_momentum);
+      take(index, param, kind, row_of(update, kind));
+    }
+  }
+
+  static Kind kind_of(const Param& param, bool has_momentum) {
+    if (!param.has_grad()) return Kind::idle;
+    return param.buf == nullptr && has_momentum ? Kind::first : Kind::running;
   }
 
   void gather_statistics(Py_ssize_t index, int32_t update) {
@@ -350,7 +371,7 @@ class Gather {
         row = request(Kind::statistic, param, 0);
         requests.back().power = power;
       }
-      if (take(param, Kind::statistic, row)) {
+      if (take_or_refuse(param, Kind::statistic, row)) {
         if (device_ != nullptr) throw NotOnDevice{"norm_stats are not plain tensors on its device"};
         fallback.push_back({index, {}, row, Kind::statistic, param});
       }
@@ -428,35 +449,39 @@ class Gather {
     return rows.fits(row, dtypes_of(p, nullptr, b).is_wide()) && !list.take(p, nullptr, b, row);
   }
 
-  void refuse(Py_ssize_t index, const Refusal& refusal, int32_t row, Kind kind, const Param& param) {
+  // Inlined, so that what the usual tensor is asked for does not pass through memory.
+  TEXP_INLINE void take(Py_ssize_t index, const Param& param, Kind kind, int32_t row) {
+    if (usual_list_ != nullptr && kind != Kind::first && param.exact &&
+        (param.buf == nullptr || THPVariable_CheckExact(param.buf)) &&
+        usual_list_->take_usual(THPVariable_Unpack(param.object), param.grad,
+                                param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf), row))
+      return;
+    take_unusual(index, Param(param), kind, row);
+  }
+
+  [[gnu::noinline]] void take_unusual(Py_ssize_t index, const Param& param, Kind kind, int32_t row) {
+    const Refusal refusal = take_or_refuse(param, kind, row);
+    if (!refusal) return;
     if (device_ != nullptr) throw NotOnDevice{std::string(refusal.who) + ' ' + refusal.why};
     fallback.push_back({index, refusal, row, kind, param});
   }
 
-  Refusal take(const Param& param, Kind kind, int32_t row) {
-    if (known_rows_ == nullptr && !is_watched_ && !momentum_dtype_ && last_list_ != nullptr && takes_usual(param, kind, row))
-      return {};
+  Refusal take_or_refuse(const Param& param, Kind kind, int32_t row) {
     if (is_watched_)
       return {"the parameter", "is stepped under a TorchDispatchMode, which is to see what happens to it"};
     if (!param.exact) return {"the parameter", "is a subclass of torch.Tensor"};
     const at::Tensor& p = THPVariable_Unpack(param.object);
-    last_list_ = list_of(p.device());
-    if (last_list_ == nullptr)
+    TensorList* const list = list_of(p.device());
+    if (known_rows_ == nullptr && !momentum_dtype_) usual_list_ = list;
+    if (list == nullptr)
       return {"the parameter", "is on a device whose kernel is not asked for or cannot be used here"};
     if (param.buf != nullptr && !THPVariable_CheckExact(param.buf)) return {"its momentum buffer", "is not a torch.Tensor"};
     const at::Tensor* buf = param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf);
     if (known_rows_ != nullptr && !known_rows_->fits(row, dtypes_of(p, param.grad, buf).is_wide()))
       return {"the parameter", "is too narrow for a step as large as this"};
     const bool is_wide_enough = buf == nullptr || wide_enough(p, *buf, momentum_dtype_) == buf->scalar_type();
-    return kind != Kind::first && is_wide_enough ? last_list_->take(p, param.grad, buf, row)
-                                                 : take_with_new_buffer(*last_list_, param, row);
-  }
-
-  // Whether it is what nearly all tensors are, where the one before it was.
-  bool takes_usual(const Param& param, Kind kind, int32_t row) {
-    if (kind == Kind::first || !param.exact || (param.buf != nullptr && !THPVariable_CheckExact(param.buf))) return false;
-    return last_list_->take_usual(THPVariable_Unpack(param.object), param.grad,
-                                  param.buf == nullptr ? nullptr : &THPVariable_Unpack(param.buf), row);
+    return kind != Kind::first && is_wide_enough ? list->take(p, param.grad, buf, row)
+                                                 : take_with_new_buffer(*list, param, row);
   }
 
   // For a tensor's first step, or one whose buffer is narrower than it is to be.
@@ -481,26 +506,31 @@ class Gather {
     return refusal;
   }
 
-  // Throws where the state on the device is not of this group, at its scale. What it was made for it holds, so that the
-  // same address is the same object.
-  void check_is_known(const Options& options, const StoredScale& stored, bool scale_invariant, Py_ssize_t index,
-                      int32_t first_slot) {
-    const NotOnDevice stale{"", true};
-    if (index >= PyList_GET_SIZE(device_->groups.ptr()) || slot_ > PyList_GET_SIZE(device_->params.ptr())) throw stale;
-    if (PyList_GET_ITEM(device_->groups.ptr(), index) != options.group) throw stale;
+  // Whether the state on the device is of this group, at its scale. What it was made for it holds, so that the same
+  // address is the same object.
+  bool is_known(const Options& options, const StoredScale& stored, bool scale_invariant, Py_ssize_t index,
+                int32_t first_slot) {
+    if (index >= PyList_GET_SIZE(device_->groups.ptr()) || slot_ > PyList_GET_SIZE(device_->params.ptr())) return false;
+    if (PyList_GET_ITEM(device_->groups.ptr(), index) != options.group) return false;
     for (size_t i = 0; i < params_.size(); ++i)
-      if (PyList_GET_ITEM(device_->params.ptr(), first_slot + static_cast<Py_ssize_t>(i)) != params_[i].object) throw stale;
+      if (PyList_GET_ITEM(device_->params.ptr(), first_slot + static_cast<Py_ssize_t>(i)) != params_[i].object) return false;
     PyObject* known = PyList_GET_ITEM(device_->known.ptr(), index);
     const Scale scale = reader_.unchecked_scale(stored);
-    if (reader_.flag(PyTuple_GET_ITEM(known, 0)) != scale_invariant ||
-        reader_.number(PyTuple_GET_ITEM(known, 1)) != scale.P ||
-        PyLong_AsLongLong(PyTuple_GET_ITEM(known, 2)) != scale.exponent ||
-        reader_.number(PyTuple_GET_ITEM(known, 3)) != scale.kappa)
-      throw stale;
+    return reader_.flag(PyTuple_GET_ITEM(known, 0)) == scale_invariant &&
+           reader_.number(PyTuple_GET_ITEM(known, 1)) == scale.P &&
+           PyLong_AsLongLong(PyTuple_GET_ITEM(known, 2)) == scale.exponent &&
+           reader_.number(PyTuple_GET_ITEM(known, 3)) == scale.kappa;
   }
 
-  // Numbers that are tensors on the device are read there when the step runs. Returns whether there may be momentum.
-  bool read_numbers(const Options& options, Py_ssize_t index, GroupEntry& entry) {
+  // Numbers that are tensors on the device are read there when the step runs.
+  void read_hyperparameters(const Options& options, Py_ssize_t index, GroupEntry& entry) {
+    if (reader_.is_as_before(options)) {
+      entry = groups.back();
+      return;
+    }
+    entry.nesterov = reader_.flag(options.required(Key::nesterov));
+    entry.maximize = reader_.flag(options.required(Key::maximize));
+    entry.scale_invariant = reader_.flag(options[Key::scale_invariant]);
     Number* const numbers[] = {&entry.lr, &entry.momentum, &entry.dampening, &entry.weight_decay};
     for (int i = 0; i < 4; ++i) {
       const Key key = Key(static_cast<int>(Key::lr) + i);
@@ -517,7 +547,7 @@ class Gather {
       entry.in[i] = is_wide ? Number::In::float64 : Number::In::float32;
       numbers[i]->at = t->const_data_ptr();
     }
-    return entry.in[1] != Number::In::host || entry.momentum.value != 0;
+    reader_.was_read(options);
   }
 
   void keep(PyObject* object) { objects_.push_back(py::reinterpret_borrow<py::object>(object)); }
@@ -555,6 +585,7 @@ class Gather {
   MomentumDtype momentum_dtype_;
   Kernels cpu_, cuda_;
   const DeviceState* device_ = nullptr;  // null: rows are computed on the host
+  DeviceScale* scales_ = nullptr;        // by group, there
   double grad_scale_ = 1;
   TensorList on_cpu_{c10::Device(c10::kCPU)};
   std::vector<std::unique_ptr<TensorList>> on_cuda_;
@@ -562,7 +593,7 @@ class Gather {
   std::vector<char> row_keeps_; // whether a row changes nothing
   std::vector<py::object> objects_;  // kept alive
   std::deque<at::Tensor> grads_of_fallback_;
-  TensorList* last_list_ = nullptr;  // that took the tensor before; null: none did
+  TensorList* usual_list_ = nullptr;  // that of the tensor before, if such are taken there as they are; null: look closely
   const Rows* known_rows_ = nullptr;  // when everything is gathered again because not all of them fit
   int32_t slot_ = 0;
   bool is_watched_ = false;  // by a TorchDispatchMode

@@ -10,8 +10,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <deque>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -92,12 +94,29 @@ struct Options {
   }
 };
 
+// A dict's version: CPython before 3.13 gives it a new one, that no other dict has had, whenever it comes to hold another
+// key or value. With the same version it holds the very objects that it held, and keeps them alive. 0: there is none.
+inline uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030D0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
+}
+
 // Reads the options of a group in one pass. Nearly all groups have the same keys in the same order, so that which key
 // stands where is remembered from the group before.
 class OptionsReader {
  public:
-  Options read(PyObject* group) {
-    Options options{.group = group};
+  const Options& read(PyObject* group, size_t index) {
+    while (known_.size() <= index) known_.emplace_back();
+    auto& [version, options] = known_[index];
+    if (options.group == group && version != 0 && version == version_of(group)) return options;
+    version = 0;  // should what follows throw
+    options = {.group = group};
     PyObject *key, *value;
     Py_ssize_t position = 0;
     for (size_t i = 0; PyDict_Next(group, &position, &key, &value); ++i) {
@@ -105,6 +124,7 @@ class OptionsReader {
       if (order_[i].first.ptr() != key) order_[i] = {py::reinterpret_borrow<py::object>(key), key_of(key)};
       options.values[static_cast<int>(order_[i].second)] = value;
     }
+    version = version_of(group);
     return options;
   }
 
@@ -116,6 +136,7 @@ class OptionsReader {
   }
 
   std::vector<std::pair<py::object, Key>> order_;
+  std::deque<std::pair<uint64_t, Options>> known_;  // by group, with its version; a deque, so that references stay valid
 };
 
 // Overwrites a float that nobody but its dict holds, which costs far less than to make and to set another; false where
@@ -133,15 +154,18 @@ inline bool overwrite(PyObject* value, double number) {
 // The scale of a group as its dict holds it, borrowed. Null: what Scale{} has, as in an ordinary group.
 struct StoredScale {
   PyObject *group, *P, *exponent, *kappa;
+  uint64_t version;  // of the group
 
   explicit StoredScale(const Options& options)
       : group(options.group),
         P(options[Key::scale]),
         exponent(P == nullptr ? nullptr : options[Key::scale_exponent]),
-        kappa(P == nullptr ? nullptr : options[Key::carried_decay]) {}
+        kappa(P == nullptr ? nullptr : options[Key::carried_decay]),
+        version(version_of(group)) {}
 
-  // fresh: no Python code has run since it was read.
-  void write(const Scale& before, const Scale& after, bool fresh) const {
+  // is_unchanged: no Python code has run since it was read.
+  void write(const Scale& before, const Scale& after, bool is_unchanged) const {
+    const bool fresh = is_unchanged || (version != 0 && version == version_of(group));
     const bool whole = P != nullptr && exponent != nullptr && kappa != nullptr;
     if (!whole || (after.P != before.P && !(fresh && overwrite(P, after.P))))
       set(group, name(Key::scale), py::float_(after.P));
@@ -215,9 +239,17 @@ class Reader {
 #else
     slow_path = true;  // to look a tensor up in a dict runs Python code
 #endif
+    if (state_ != state || state_version_ == 0 || state_version_ != version_of(state)) buffers_.clear();
     state_ = state;
+    state_version_ = version_of(state);
     state_position_ = 0;
-    before_ = {};
+    next_buffer_ = 0;
+    before_ = nullptr;
+    drop();
+  }
+
+  // Lets go of what is held.
+  void drop() {
     held_.clear();
     held_grads_.clear();
   }
@@ -228,11 +260,21 @@ class Reader {
     return object;
   }
 
-  Options options(PyObject* group) {
+  const Options& options(PyObject* group, Py_ssize_t index) {
     if (!PyDict_Check(group)) throw py::type_error("a parameter group must be a dict");
-    const Options options = options_.read(hold(group));
-    for (PyObject* value : options.values) hold(value);
+    const Options& options = options_.read(hold(group), static_cast<size_t>(index));
+    if (slow_path)
+      for (PyObject* value : options.values) hold(value);
     return options;
+  }
+
+  // The parameters of a group.
+  std::span<PyObject*> params(const Options& options) {
+    PyObject* list = options.required(Key::params);
+    if (!PyList_Check(list) && !PyTuple_Check(list)) throw py::type_error("group['params'] must be a list");
+    // Python code may shorten a list, so that its items are borrowed only where none runs.
+    if (slow_path) list = held_.emplace_back(py::reinterpret_steal<py::object>(PySequence_Tuple(list))).ptr();
+    return {PySequence_Fast_ITEMS(list), static_cast<size_t>(PySequence_Fast_GET_SIZE(list))};
   }
 
   double number(PyObject* value) const {
@@ -257,11 +299,16 @@ class Reader {
     return truth != 0;
   }
 
+  // Whether the hyperparameters are the very objects of the group that was read before, which is still there.
+  bool is_as_before(const Options& options) const {
+    const auto first = [](const Options& of) { return &of.values[static_cast<int>(Key::lr)]; };
+    return before_ != nullptr && std::memcmp(first(options), first(*before_), kNumbers * sizeof(PyObject*)) == 0;
+  }
+
+  void was_read(const Options& options) { before_ = &options; }
+
   const Hyperparameters& hyperparameters(const Options& options, Py_ssize_t index) {
-    bool same = true;  // very objects as in the group before, which is still there
-    for (int i = static_cast<int>(Key::lr); i <= static_cast<int>(Key::scale_invariant); ++i)
-      same = same && options.values[i] == before_.values[i] && (options.values[i] != nullptr || i == kScaleInvariant);
-    if (same && before_.group != nullptr) return h_;
+    if (is_as_before(options)) return h_;
     h_ = {
         .lr = finite(options, Key::lr, index),
         .momentum = finite(options, Key::momentum, index),
@@ -271,7 +318,7 @@ class Reader {
         .maximize = flag(options.required(Key::maximize)),
         .scale_invariant = flag(options[Key::scale_invariant]),
     };
-    before_ = options;
+    was_read(options);
     return h_;
   }
 
@@ -306,38 +353,37 @@ class Reader {
             stored.kappa == nullptr ? 0.0 : number(stored.kappa)};
   }
 
-  // Adds a parameter with its gradient. Written where it stays: to copy it at once would wait for the writes.
-  Param& param(PyObject* object, std::vector<Param>& to) {
-    Param& param = to.emplace_back();
-    param.object = hold(object);
+  // Reads a parameter and its gradient, to where they stay: to copy a Param at once would wait for the writes.
+  TEXP_INLINE void read(PyObject* object, Param& param) {
+    param.object = object;
     param.exact = THPVariable_CheckExact(object);
     if (param.exact) {
       using torch::autograd::AutogradMeta;
       const auto* meta = static_cast<AutogradMeta*>(THPVariable_Unpack(object).unsafeGetTensorImpl()->autograd_meta());
       if (meta != nullptr && meta->grad_.defined())
         param.grad = slow_path ? &held_grads_.emplace_back(meta->grad_) : &meta->grad_;
-      return param;
+      return;
     }
     if (!slow_path) throw NeedsSlowPath{};
     const py::object grad = py::getattr(object, "grad");
     if (!grad.is_none()) param.foreign_grad = hold(grad.ptr());
-    return param;
   }
 
   // Its momentum buffer in optimizer.state, or null.
-  PyObject* buffer(const Param& param) {
-    PyObject* values = hold(state_of(param));
-    if (values == nullptr) return nullptr;
-    if (!PyDict_Check(values)) throw py::type_error("optimizer.state must hold a dict for each parameter");
-    PyObject *key, *buf;
-    Py_ssize_t position = 0;  // nearly always it is the first
-    if (!PyDict_Next(values, &position, &key, &buf)) return nullptr;
-    if (key != momentum_buffer()) buf = item(values, momentum_buffer());
-    return hold(buf) == Py_None ? nullptr : buf;
+  TEXP_INLINE PyObject* buffer(const Param& param) {
+    if (next_buffer_ < buffers_.size() && !slow_path) {
+      const KnownBuffer& known = buffers_[next_buffer_];
+      if (known.param == param.object && known.version != 0 && known.version == version_of(known.values)) {
+        ++next_buffer_;
+        return hold(known.buf);
+      }
+    }
+    return look_up_buffer(param.object, param.exact);
   }
 
  private:
-  static constexpr int kScaleInvariant = static_cast<int>(Key::scale_invariant);
+  // How many options the hyperparameters are made of.
+  static constexpr int kNumbers = static_cast<int>(Key::scale_invariant) - static_cast<int>(Key::lr) + 1;
 
   [[noreturn]] static void refuse(Py_ssize_t group, Key key, const char* what, double value) {
     char* text = PyOS_double_to_string(value, 'r', 0, Py_DTSF_ADD_DOT_0, nullptr);
@@ -347,31 +393,53 @@ class Reader {
     throw py::value_error(message);
   }
 
+  // As optimizer.state had it, at its present version, which keeps param and values alive.
+  struct KnownBuffer {
+    PyObject *param, *values, *buf;  // buf: null: none
+    uint64_t version;                // of values
+  };
+
+  [[gnu::noinline]] PyObject* look_up_buffer(PyObject* param, bool is_exact) {
+    PyObject* values = hold(state_of(param, is_exact));
+    if (values == nullptr) return nullptr;
+    if (!PyDict_Check(values)) throw py::type_error("optimizer.state must hold a dict for each parameter");
+    PyObject *key, *buf = nullptr;
+    Py_ssize_t position = 0;  // nearly always it is the first
+    if (PyDict_Next(values, &position, &key, &buf) && key != momentum_buffer()) buf = item(values, momentum_buffer());
+    if (hold(buf) == Py_None) buf = nullptr;
+    if (next_buffer_ == buffers_.size()) buffers_.emplace_back();
+    buffers_[next_buffer_++] = {param, values, buf, version_of(values)};
+    return buf;
+  }
+
   // State is nearly always in the order of the parameters, so that the next entry is looked at first. A tensor hashes
   // by identity in a Python method, which would cost more than the look-up.
-  PyObject* state_of(const Param& param) {
+  PyObject* state_of(PyObject* param, bool is_exact) {
     PyObject *key, *values;
     Py_ssize_t next = state_position_;
-    if (PyDict_Next(state_, &next, &key, &values) && key == param.object) {
+    if (PyDict_Next(state_, &next, &key, &values) && key == param) {
       state_position_ = next;
       return values;
     }
 #if PY_VERSION_HEX < 0x030E0000
-    if (param.exact) {
-      values = _PyDict_GetItem_KnownHash(state_, param.object, reinterpret_cast<Py_hash_t>(param.object));
+    if (is_exact) {
+      values = _PyDict_GetItem_KnownHash(state_, param, reinterpret_cast<Py_hash_t>(param));
       if (values == nullptr && PyErr_Occurred()) throw py::error_already_set();
       return values;
     }
 #endif
-    return item(state_, param.object);
+    return item(state_, param);
   }
 
   const py::object check_scale_;
   OptionsReader options_;
-  Options before_;     // the group whose hyperparameters are h_
+  const Options* before_ = nullptr;  // of the group whose hyperparameters were read last
   Hyperparameters h_;
   PyObject* state_ = nullptr;
   Py_ssize_t state_position_ = 0;
+  uint64_t state_version_ = 0;
+  std::vector<KnownBuffer> buffers_;  // in the order in which they are asked for
+  size_t next_buffer_ = 0;
   std::vector<py::object> held_;
   std::deque<at::Tensor> held_grads_;  // a deque, so that pointers stay valid
 };

@@ -114,16 +114,21 @@ class TensorList {
 
   // Takes p, g and b (null: none) if they are what nearly all tensors are: of one dtype, plain and contiguous.
   [[gnu::flatten]] bool take_usual(const at::Tensor& p, const at::Tensor* g, const at::Tensor* b, int32_t row) {
-    c10::TensorImpl* const p_impl = p.unsafeGetTensorImpl();
-    c10::TensorImpl* const g_impl = g == nullptr ? nullptr : g->unsafeGetTensorImpl();
-    c10::TensorImpl* const b_impl = b == nullptr ? nullptr : b->unsafeGetTensorImpl();
-    if (!is_usual(*p_impl) || !shared_.empty() || (g_impl != nullptr && !is_like(*g_impl, *p_impl)) ||
-        (b_impl != nullptr && !is_like(*b_impl, *p_impl)))
-      return false;
-    const at::ScalarType type = c10::typeMetaToScalarType(p_impl->dtype());
-    if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
-    const Dtype dtype = dtype_of(type);
-    push(*p_impl, p_impl, g_impl, b_impl, b_impl, row, Dtypes::of(dtype, dtype, dtype));
+    const auto impl = [](const at::Tensor* t) { return t == nullptr ? nullptr : t->unsafeGetTensorImpl(); };
+    const Impls impls{p.unsafeGetTensorImpl(), impl(g), impl(b)};
+    if (!is_usual(*impls.p) || !shared_.empty()) return false;
+    const caffe2::TypeMeta type = impls.p->dtype();
+    const at::IntArrayRef sizes = impls.p->sizes_default();
+    const auto is_like_p = [&](const c10::TensorImpl* t) {
+      return t == nullptr || (t->dtype() == type && is_usual(*t) && same(t->sizes_default(), sizes));
+    };
+    if (!is_like_p(impls.g) || !is_like_p(impls.b)) return false;
+    const at::ScalarType scalar = c10::typeMetaToScalarType(type);
+    if (scalar != at::kFloat && scalar != at::kBFloat16 && scalar != at::kHalf && scalar != at::kDouble) return false;
+    const Dtype dtype = dtype_of(scalar);
+    const int64_t numel = impls.p->numel_default();
+    push(impls, mutable_data(impls.p, numel), data(impls.g, numel), mutable_data(impls.b, numel), numel, row,
+         Dtypes::of(dtype, dtype, dtype));
     return true;
   }
 
@@ -147,7 +152,9 @@ class TensorList {
     const at::Tensor* g_flat = g == nullptr || same_layout(p_flat, *g) ? g : &copied(*g, p_flat.strides(), false);
     const at::Tensor* b_flat = b == nullptr || same_layout(p_flat, *b) ? b : &copied(*b, p_flat.strides(), true);
     const auto impl = [](const at::Tensor* t) { return t == nullptr ? nullptr : t->unsafeGetTensorImpl(); };
-    push(*p.unsafeGetTensorImpl(), impl(&p_flat), impl(g_flat), impl(b), impl(b_flat), row, dtypes_of(p, g, b));
+    const int64_t numel = p.numel();
+    push({impl(&p), impl(g_flat), impl(b)}, mutable_data(impl(&p_flat), numel), data(impl(g_flat), numel),
+         mutable_data(impl(b_flat), numel), numel, row, dtypes_of(p, g, b));
     return {};
   }
 
@@ -167,7 +174,7 @@ class TensorList {
   // Ends the gathering. Returns whether tensors that are written to share memory: threads would write there at once, in
   // no order. The list then refuses those, and has to be made again.
   bool finish() {
-    if (size_ != last_size_) changed_ = moved_ = true;
+    if (size_ != last_size_) moved_ = true;
     last_size_ = size_;
     if (changed_ || moved_) version_ = ++versions_;
     if (moved_ || !copies_.empty()) {
@@ -223,58 +230,54 @@ class TensorList {
   static constexpr c10::DispatchKeySet kPlainOnCuda{c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
                                                     c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA};
 
-  // What nearly all tensors are, told at little cost.
+  // What nearly all tensors are, told at little cost. Sizes of its own making come with other keys, so that what the
+  // accessors named `default` return is true of it.
   bool is_usual(const c10::TensorImpl& t) const {
-    return t.key_set() == plain_ && t.is_contiguous() && (is_cpu_ || t.device() == device_);
+    return t.key_set() == plain_ && !t.has_symbolic_sizes_strides() &&
+           t.is_contiguous_default(at::MemoryFormat::Contiguous) && (is_cpu_ || t.device() == device_);
   }
 
-  bool is_like(const c10::TensorImpl& t, const c10::TensorImpl& p) const {
-    if (t.dtype() != p.dtype() || !is_usual(t)) return false;
-    const at::IntArrayRef sizes = t.sizes(), wanted = p.sizes();
-    if (sizes.size() != wanted.size()) return false;
-    const int64_t *size = sizes.data(), *of_p = wanted.data(), *const end = size + sizes.size();
-    for (; size != end; ++size, ++of_p)
-      if (*size != *of_p) return false;
+  static bool same(at::IntArrayRef a, at::IntArrayRef b) {
+    if (a.size() != b.size()) return false;
+    for (size_t i = 0; i < a.size(); ++i)
+      if (a[i] != b[i]) return false;
     return true;
   }
 
-  // p_flat, g, b_flat: what the kernel is given; null: none.
-  void push(c10::TensorImpl& p, c10::TensorImpl* p_flat, c10::TensorImpl* g, c10::TensorImpl* b, c10::TensorImpl* b_flat,
-            int32_t row, Dtypes dtypes) {
+  void push(const Impls& impls, void* p, const void* g, void* b, int64_t numel, int32_t row, Dtypes dtypes) {
     if (size_ == entries_.size()) {
       entries_.emplace_back();
       impls_.emplace_back();
     }
     TensorEntry& entry = entries_[size_];
-    // Field by field: a struct that is copied is read again, in other words than it was written in, which stalls.
-    bool moved = false, changed = false;
-    const auto put = [](auto& field, auto value, bool& differs) {
-      differs |= field != value;
-      field = value;
-    };
-    const int64_t numel = p.numel();
-    put(entry.p, data_of(p_flat, numel, true), moved);
-    put(entry.g, const_cast<const void*>(data_of(g, numel, false)), changed);
-    put(entry.b, data_of(b_flat, numel, true), moved);
-    put(entry.numel, numel, moved);
-    put(entry.row, row, changed);
-    put(entry.dtypes.bits, dtypes.bits, moved);
-    moved_ |= moved;
-    changed_ |= changed;
-    Impls& impls = impls_[size_++];
-    impls.p = &p;
-    impls.g = g;
-    impls.b = b;
+    if (entry.p != p || entry.b != b || entry.numel != numel || entry.dtypes != dtypes) {
+      moved_ = true;
+      entry.p = p;
+      entry.b = b;
+      entry.numel = numel;
+      entry.dtypes = dtypes;
+    }
+    if (entry.g != g || entry.row != row) {
+      changed_ = true;
+      entry.g = g;
+      entry.row = row;
+    }
+    impls_[size_++] = impls;
     is_checked_ = false;
   }
 
-  // As mutable_data and data, whose checks a strided tensor passes. Null where there is none, or no elements.
-  static void* data_of(const c10::TensorImpl* t, int64_t numel, bool is_written) {
-    if (t == nullptr || numel == 0) return nullptr;
-    const c10::Storage& storage = t->unsafe_storage();
-    char* begin = static_cast<char*>(is_written ? storage.mutable_data() : const_cast<void*>(storage.data()));
-    const int64_t offset = t->storage_offset();
-    return offset == 0 ? begin : begin + offset * static_cast<int64_t>(t->itemsize());
+  // As those of a tensor, whose checks a strided one passes. Null where there is none, or no elements.
+  static const void* data(const c10::TensorImpl* t, int64_t numel) {
+    return t == nullptr || numel == 0 ? nullptr : at_offset(t, const_cast<void*>(t->unsafe_storage().data()));
+  }
+
+  static void* mutable_data(const c10::TensorImpl* t, int64_t numel) {
+    return t == nullptr || numel == 0 ? nullptr : at_offset(t, t->unsafe_storage().mutable_data());
+  }
+
+  static void* at_offset(const c10::TensorImpl* t, void* begin) {
+    const int64_t offset = t->storage_offset_default();
+    return offset == 0 ? begin : static_cast<char*>(begin) + offset * static_cast<int64_t>(t->itemsize());
   }
 
   // A dense copy, with these strides.
