@@ -1,5 +1,4 @@
-"""The equations that a scale-invariant set solves, collected as `texp.invariance.probe.Row`s: their rank, their exact
-form, and the largest set that solves them.
+"""The equations that a scale-invariant set solves: their rank, their exact form, the largest set that solves them.
 
 Unknowns: d_i for each of n parameters, 1 if it is in the set and 0 if not, and for each of K norms with running
 statistics the power D_k of P with which its input grows.
@@ -61,8 +60,7 @@ class Equations:
         sizes = torch.stack([torch.cat([row.sizes, row.degrees.abs()]) for row in rows])
         largest = sizes.amax(1, keepdim=True).clamp_min(1e-300)
         units = (sizes / largest).square().mean(0).sqrt()
-        # Nothing depends on these, as far as can be told: not to be blown up.
-        units = torch.where(units > self.tol, units, torch.ones_like(units))
+        units[units <= self.tol] = 1  # nothing depends on these, as far as can be told: not to be blown up
         _, s, V = torch.linalg.svd(A / largest / units, full_matrices=False)
         return s / math.sqrt(len(rows)), V, units
 
@@ -94,13 +92,12 @@ class Equations:
 def largest(reduced: Tensor, sizes: list[int], bounds: list[Bounds], whole: bool = True) -> list[float]:
     """Maximises Σ sizes[i]·d_i with `reduced`·(d, D) = 0, over d_i in bounds, 0 or 1 (if `whole`) but where
     unbounded; returns d and D."""
-    optimize = scipy_optimize()
     K = reduced.shape[1] - len(sizes)
     total = max(sum(sizes), 1)
-    answer = optimize.linprog(
+    answer = scipy_optimize().linprog(
         [-size / total for size in sizes] + [0.0] * K,
-        A_eq=reduced.numpy() if len(reduced) else None,
-        b_eq=[0.0] * len(reduced) if len(reduced) else None,
+        A_eq=reduced.numpy(),
+        b_eq=[0.0] * len(reduced),
         bounds=[*bounds, *[FREE] * K],
         integrality=[int(whole and b != FREE) for b in bounds] + [0] * K,
         method="highs",
@@ -161,7 +158,6 @@ def scipy_optimize():
     try:
         from scipy import optimize
     except ImportError as error:
-        raise ImportError(
-            "texp.audit solves an integer programme with scipy 1.9 or newer: pip install scipy"
-        ) from error
+        why = "texp.audit solves an integer programme with scipy 1.9 or newer: pip install scipy"
+        raise ImportError(why) from error
     return optimize
