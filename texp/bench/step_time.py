@@ -2,8 +2,10 @@
 warm caches (texp.bench.timing).
 """
 
+import contextlib
 import math
 import platform
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -18,11 +20,8 @@ from texp.bench.shapes import MODELS
 from texp.bench.timing import Times, take_turns
 
 _BYTES = 20
-
 _TINY = 100  # elements: for such tensors the time is overhead, not arithmetic or memory
-
 _MOST_FOR_REFERENCE = 20_000_000  # parameters
-
 # A million steps move a parameter by at most ten times its gradient.
 _ARGUMENTS = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
 
@@ -41,9 +40,8 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
     }
     for name, reason in backends.available().items():
         backend = backends.ALL[name]
-        if reason != backends.OK or device not in backend.device_types() or not backend.is_default():
-            continue
-        if name == "reference" and parameters > _MOST_FOR_REFERENCE:
+        too_slow = name == "reference" and parameters > _MOST_FOR_REFERENCE
+        if reason != backends.OK or device not in backend.device_types() or not backend.is_default() or too_slow:
             continue
         made[f"texp {name}"] = of_backend = partial(texp.SGD, **_ARGUMENTS, backend=name)
         made[f"texp {name} exponential"] = partial(of_backend, scale_invariant=True)
@@ -52,9 +50,7 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
     return made
 
 
-def run(
-    device: str, models: Iterable[str], seconds: float, report: Callable[[str], object] = lambda text: None
-) -> Iterator[dict]:
+def run(device: str, models: Iterable[str], seconds: float, report: Callable[[str], object]) -> Iterator[dict]:
     """Yields one record (texp.bench.report.FIELDS) for each model and candidate, model by model.
 
     Args:
@@ -87,7 +83,7 @@ def _time_model(device: str, model: str, seconds: float, report: Callable[[str],
     return take_turns(steps, seconds, wait=_wait(device), on_turn=lambda name: report(f"{model}, {name}"))
 
 
-def copy_bandwidth(device: str, seconds: float, report: Callable[[str], object] = lambda text: None) -> float:
+def copy_bandwidth(device: str, seconds: float, report: Callable[[str], object]) -> float:
     """Bandwidth, in GB/s read and written, of a copy of 400 MB.
 
     On a CPU a step may exceed it: a copy also reads the cache lines that it overwrites (write-allocate), which is not
@@ -118,9 +114,7 @@ def _machine(device: str) -> dict:
 
 def cpu_model() -> str:
     """Empty if unknown."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return platform.processor()

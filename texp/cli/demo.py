@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from texp.cli import digits
 from texp.cli.common import check_writable, make_console, make_progress
@@ -36,16 +36,11 @@ def demo(
             for _ in run.train(data, epochs, seed):
                 progress.advance(task)
 
-    table = Table()
-    for column, justify in (
-        ("run", "left"),
-        ("final train loss", "right"),
-        ("test accuracy", "right"),
-        ("largest difference of the loss", "right"),
-        ("log10 of the last LR", "right"),
-        ("norm of the convolutions, as stored", "right"),
-    ):
-        table.add_column(column, justify=justify, overflow="fold")
+    numbers = ("final train loss", "test accuracy", "largest difference of the loss", "log10 of the last LR")
+    numbers += ("norm of the convolutions, as stored",)
+    table = Table(
+        Column("run", overflow="fold"), *(Column(name, justify="right", overflow="fold") for name in numbers)
+    )
     for run in runs:
         last_epoch = run.loss[-steps // epochs :]
         table.add_row(

@@ -160,33 +160,23 @@ def make_runs() -> list[Run]:
     """The three ways: step decay with weight decay, the same in exponential form, and TEXP without decay. Then the
     first two with everything trainable."""
 
-    def sgd(model):
-        return torch.optim.SGD(_trainable(model), LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
-
-    def exponential(model):
-        return SGD(_trainable(model), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, scale_invariant=True)
-
-    def undecayed(model):
-        return torch.optim.SGD(_trainable(model), LR, MOMENTUM)
+    def one_group(optimizer, **options):
+        return lambda model: optimizer([p for p in model.parameters() if p.requires_grad], LR, MOMENTUM, **options)
 
     def groups(model):
-        found = param_groups(model, torch.randn(4, 1, 8, 8).double(), weight_decay=WEIGHT_DECAY)
-        return SGD(found, LR, MOMENTUM)
+        return SGD(param_groups(model, torch.randn(4, 1, 8, 8).double(), **decay), LR, MOMENTUM)
 
-    texp = partial(TEXP, weight_decay=WEIGHT_DECAY)
+    decay = {"weight_decay": WEIGHT_DECAY}
+    sgd, exponential = one_group(torch.optim.SGD, **decay), one_group(SGD, **decay, scale_invariant=True)
     one = Run("torch.optim.SGD, step decay, weight decay", sgd)
     all_ = Run("everything trainable: torch.optim.SGD, as above", sgd, all_trainable=True)
     return [
         one,
         Run("texp.SGD, the same arguments, exponential form", exponential, like=one),
-        Run("torch.optim.SGD, TEXP schedule, no decay", undecayed, texp, like=one),
+        Run("torch.optim.SGD, TEXP schedule, no decay", one_group(torch.optim.SGD), partial(TEXP, **decay), like=one),
         all_,
         Run("everything trainable: texp.SGD, groups by texp.param_groups", groups, like=all_, all_trainable=True),
     ]
-
-
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def largest_difference(run: Run, other: Run) -> float:
