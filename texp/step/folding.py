@@ -3,7 +3,7 @@
 import gc
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -34,8 +34,8 @@ class _Item(NamedTuple):
 
 def fold(optimizer: Any) -> None:
     """Turns the weights and momentum of all groups into θ and v, and their gradients into those at θ, in place."""
-    items, work = _work(optimizer, _items(optimizer), "fold")
-    backends.apply(optimizer._stepper, work, lambda left: _check([items[i] for i in left], [work[i] for i in left]))
+    work = _work(optimizer, _items(optimizer), "fold")
+    backends.apply(optimizer._stepper, [job[1:] for job in work], lambda left: _check(work[i] for i in left))
     _set_scales(optimizer, [(group, Scale()) for group in optimizer.param_groups])
 
 
@@ -54,7 +54,7 @@ class Folded:
         and v. Raises, and changes nothing, if it cannot.
         """
         items = [*self._items, *self._added()]
-        _check(*_work(self._optimizer, items, "unfold"))
+        _check(_work(self._optimizer, items, "unfold"))
         each = zip_longest(items, self._saved, _entries(self._optimizer, items))
         there = ((item, saved, now) for item, saved, now in each if now is not None)
         for batch in in_parts(there, lambda part: part[-1].param.numel(), _BATCH):
@@ -85,16 +85,12 @@ class Folded:
         same_param = _equal(now.param, folded.param)
         same_buf = None if now.buf is None else _equal(now.buf, folded.buf) & same_param
         backends.apply(self._optimizer._stepper, [(item.unfold, now)])
-        _put_back(now.param, saved.param, same_param)
-        _put_back(now.buf, saved.buf, same_buf)
+        for x, before, same in ((now.param, saved.param, same_param), (now.buf, saved.buf, same_buf)):
+            if x is not None and before is not None and _alike(x, before):
+                x.copy_(torch.where(same, before, x))
 
 
 _NOTHING = Entry(None)
-
-
-def _put_back(now: Tensor | None, saved: Tensor | None, where: Tensor | None) -> None:
-    if now is not None and saved is not None and _alike(now, saved):
-        now.copy_(torch.where(where, saved, now))
 
 
 def _items(optimizer: Any) -> list[_Item]:
@@ -114,24 +110,23 @@ def _items(optimizer: Any) -> list[_Item]:
 
 
 def _of_params(index: int, params: list[Tensor], scale: Scale) -> list[_Item]:
-    weight = theory.fold_row(scale), theory.unfold_row(scale)
-    gradient = Row(s_p=scale.P), Row(s_p=1 / scale.P)
-    kinds = (("weight", *weight), ("gradient", *gradient))
-    return [_Item(index, lambda p=p: p, *kind) for kind in kinds for p in params]
+    weight = "weight", theory.fold_row(scale), theory.unfold_row(scale)
+    gradient = "gradient", Row(s_p=scale.P), Row(s_p=1 / scale.P)
+    return [_Item(index, lambda p=p: p, *kind) for kind in (weight, gradient) for p in params]
 
 
-def _work(optimizer: Any, items: list[_Item], way: str) -> tuple[list[_Item], list[tuple[Row, Entry]]]:
-    """The items that exist, and their rows; a gradient that parameters share is taken once."""
-    there = [(item, entry) for item, entry in zip(items, _entries(optimizer, items), strict=True) if entry]
-    return [item for item, _ in there], [(getattr(item, way), entry) for item, entry in there]
+def _work(optimizer: Any, items: list[_Item], way: str) -> list[tuple[int, Row, Entry]]:
+    """The group, the row and the tensors of the items that exist; a gradient that parameters share is taken once."""
+    each = zip(items, _entries(optimizer, items), strict=True)
+    return [(item.index, getattr(item, way), entry) for item, entry in each if entry]
 
 
-def _check(items: list[_Item], work: list[tuple[Row, Entry]]) -> None:
+def _check(work: Iterable[tuple[int, Row, Entry]]) -> None:
     """Raises if a tensor cannot be written to."""
-    for item, (row, entry) in zip(items, work, strict=True):
+    for index, row, entry in work:
         if not _is_surely_writable(entry):  # the full check takes longer than folding
-            checks.check_tensors(item.index, entry)
-            checks.check_row(item.index, row, entry)
+            checks.check_tensors(index, entry)
+            checks.check_row(index, row, entry)
 
 
 def _is_surely_writable(entry: Entry) -> bool:
