@@ -39,12 +39,8 @@ FIELDS = {
 
 
 def figures(times: dict[str, Times], bytes_: int, copy_gb_per_s: float, host: bool) -> dict[str, dict]:
-    """The fields that are computed from the times of candidates, FUSED among them, by candidate.
-
-    Args:
-        bytes_: moved by a step.
-        copy_gb_per_s: bandwidth of the copy.
-        host: whether the times show the overhead of the host.
+    """The fields that are computed from the times of candidates, FUSED among them, from the bytes that a step moves
+    and the bandwidth of a copy; `host`: whether the times show the overhead of the host.
     """
     fused = statistics.median(times[FUSED].total)
     made = {}

@@ -51,13 +51,9 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
 
 
 def run(device: str, models: Iterable[str], seconds: float, report: Callable[[str], object]) -> Iterator[dict]:
-    """Yields one record (texp.bench.report.FIELDS) for each model and candidate, model by model.
-
-    Args:
-        device: "cpu" or "cuda".
-        models: names of texp.bench.shapes.MODELS.
-        seconds: minimum time for each candidate and model; see texp.bench.timing.take_turns.
-        report: called before each turn with a description of it.
+    """Yields one record (texp.bench.report.FIELDS) for each of the `models` (texp.bench.shapes.MODELS) and candidate,
+    model by model, on "cpu" or "cuda"; `seconds` is that of texp.bench.timing.take_turns. Before each turn `report`
+    is called with a description of it.
     """
     run_on = _machine(device)
     copy_gb_per_s = copy_bandwidth(device, seconds, report)

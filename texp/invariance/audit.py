@@ -150,7 +150,7 @@ def audit(
                 return _solved(model, probe, equations, hold or (lambda name, p: False))
             except AuditError as error:
                 # More rows may help, for example with a branch that few inputs reach.
-                if attempt == TRIES or (max_rows is not None and equations.count >= max_rows):
+                if attempt == TRIES or (max_rows is not None and len(equations.rows) >= max_rows):
                     raise AuditError(f"{error}{_seldom(probe, equations)}") from error
                 if isinstance(error, UnconfirmedError):
                     # Activations that clip, as ReLU6, look invariant where they do not clip: go on where they do.
@@ -244,9 +244,8 @@ def _warnings(found: Audit) -> Iterator[str]:
 def _seldom(probe: Probe, equations: Equations) -> str:
     """Advice for parameters that only some of the inputs reach."""
     fewest, name = min((n, name) for n, name in zip(equations.reached(), probe.params, strict=True) if n)
-    if fewest >= PATIENCE:
-        return ""
-    return f". Only {fewest} of {equations.count} rows see {name}: a larger example would tell more, if it reaches it"
+    advice = f"rows see {name}: a larger example would tell more, if it reaches it"
+    return f". Only {fewest} of {len(equations.rows)} {advice}" if fewest < PATIENCE else ""
 
 
 class UnconfirmedError(AuditError):
@@ -302,7 +301,7 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
         sizes={name: p.numel() for name, p in params.items()},
         modules={name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in params},
         norm_stats=[*growth.items(), *following.items()],
-        rows=equations.count,
+        rows=len(equations.rows),
         rank=len(reduced),
         gap=gap,
         deviation=deviation,
@@ -312,16 +311,17 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
 
 def _collect(equations: Equations, probe: Probe, max_rows: int | None, progress) -> None:
     """Adds rows until their rank has settled; raises AuditError if it has not after max_rows."""
-    limit = equations.count + 2 * (equations.n + equations.K + 2 * PATIENCE) if max_rows is None else max_rows
-    start, rank = len(equations.inputs), 0
-    while equations.count < limit:
-        equations.inputs.append(list(probe.rows()))
-        done = len(equations.inputs)
-        if done % (PATIENCE // 2) == 0:
+    start, rank = len(equations.rows), 0
+    limit = start + 2 * (equations.n + equations.K + 2 * PATIENCE) if max_rows is None else max_rows
+    patience = PATIENCE * (2 if equations.K else 1)  # in rows: an input gives a second one if there are statistics
+    while len(equations.rows) < limit:
+        equations.rows += probe.rows()
+        done = len(equations.rows)
+        if done % (patience // 2) == 0:
             rank = equations.rank()
             if progress is not None:
-                progress(equations.count, rank, limit)
-            if done - start > PATIENCE and rank == equations.rank(done - PATIENCE):
+                progress(done, rank, limit)
+            if done - start > patience and rank == equations.rank(done - patience):
                 return
     raise AuditError(f"the rank of the equations has not settled: it is {rank} after max_rows = {limit} rows")
 

@@ -44,14 +44,8 @@ class Change(NamedTuple):
 
 class Probe:
     """The copy, in train mode, without dropout or stochastic depth, with eps ≈ 0 in its norms. Norms in eval mode
-    while the model is in train mode, or that its `train` leaves there, stay so.
-
-    Args:
-        model: is copied, and not changed.
-        inputs: example arguments; random ones are drawn like them, each tensor by itself.
-        forward: as for `texp.audit`.
-        seed: for parameters, inputs and directions.
-        device, dtype: of the copy.
+    while the model is in train mode, or that its `train` leaves there, stay so. Arguments are those of `texp.audit`;
+    random inputs are drawn like the given ones, each tensor by itself.
 
     Raises ValueError for parameters that are complex, uninitialised, or share memory without being the same.
     """

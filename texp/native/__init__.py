@@ -72,22 +72,16 @@ def load(*, may_build: bool) -> ModuleType | None:
         return None
 
 
-def build_ahead() -> Path:
-    """Builds the core if necessary, as :func:`load` does, but also if that has failed before.
-
-    It is put where texp is installed, for all users, or if that is read-only, where the first use would put it.
-    Returns the path of the library. Raises BuildError, and ValueError as `load`.
-    """
-    if build.setting("TEXP_NATIVE") == "0":
-        raise BuildError(_turned_off("TEXP_NATIVE"))
-    root = build.PACKAGE / build.CORES if os.access(build.PACKAGE, os.W_OK) else cache()
-    return Path(_find_or_build(root, again=True).__file__)
-
-
 def main() -> int:
-    """The command `texp build`: prints the path of the core and returns the exit code."""
+    """The command `texp build`: builds the core if necessary, also if that has failed before; prints its path and
+    returns the exit code. It is put where texp is installed, for all users, or if that is read-only, where the first
+    use would put it.
+    """
     try:
-        print(build_ahead())
+        if build.setting("TEXP_NATIVE") == "0":
+            raise BuildError(_turned_off("TEXP_NATIVE"))
+        root = build.PACKAGE / build.CORES if os.access(build.PACKAGE, os.W_OK) else cache()
+        print(_find_or_build(root, again=True).__file__)
     except (BuildError, ValueError) as error:
         print(f"texp: the C++ core cannot be built: {error}", file=sys.stderr)
         return 1

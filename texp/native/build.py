@@ -104,9 +104,8 @@ def core_name(with_cuda: bool) -> str:
     """
     import torch
 
-    return core_name_for(
-        torch.__version__, torch.version.git_version, torch.compiled_with_cxx11_abi(), CORE_FILE, with_cuda
-    )
+    of_torch = torch.__version__, torch.version.git_version, torch.compiled_with_cxx11_abi()
+    return core_name_for(*of_torch, CORE_FILE, with_cuda)
 
 
 def core_name_for(version: str, git_version: str, cxx11_abi: bool, file: str, with_cuda: bool) -> str:
