@@ -36,11 +36,10 @@ def demo(
             for _ in run.train(data, epochs, seed):
                 progress.advance(task)
 
-    numbers = ("final train loss", "test accuracy", "largest difference of the loss", "log10 of the last LR")
-    numbers += ("norm of the convolutions, as stored",)
-    table = Table(
-        Column("run", overflow="fold"), *(Column(name, justify="right", overflow="fold") for name in numbers)
-    )
+    numbers = ["final train loss", "test accuracy", "largest difference of the loss", "log10 of the last LR"]
+    numbers += ["norm of the convolutions, as stored"]
+    columns = (Column(name, justify="right", overflow="fold") for name in numbers)
+    table = Table(Column("run", overflow="fold"), *columns)
     for run in runs:
         last_epoch = run.loss[-steps // epochs :]
         table.add_row(

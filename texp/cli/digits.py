@@ -116,8 +116,8 @@ class Run:
     test_accuracy: float = math.nan
     weight_norm: float = math.nan  # of the convolutions, as they are stored
 
-    def train(self, data: Digits, epochs: int, seed: int) -> Iterator[int]:
-        """Trains from the initialisation and the batches of `seed`; yields the number of each step taken."""
+    def train(self, data: Digits, epochs: int, seed: int) -> Iterator[None]:
+        """Trains from the initialisation and the batches of `seed`; yields after each step."""
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -126,17 +126,16 @@ class Run:
         steps = len(data.train_x) // BATCH_SIZE
         optimizer = self.make(model)
         schedule = self.schedule(optimizer, [epochs // 2 * steps, epochs * 3 // 4 * steps], GAMMA)
-        for epoch in range(epochs):
+        for _ in range(epochs):
             order = torch.randperm(len(data.train_x), generator=generator)
-            for step in range(steps):
-                batch = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
+            for batch in order.split(BATCH_SIZE)[:steps]:
                 optimizer.zero_grad()
                 loss = cross_entropy(model(data.train_x[batch]), data.train_y[batch])
                 loss.backward()
                 self._record(loss.item(), optimizer, weights)
                 optimizer.step()
                 schedule.step()
-                yield epoch * steps + step
+                yield
         model.eval()
         with torch.no_grad():
             self.test_accuracy = (model(data.test_x).argmax(1) == data.test_y).double().mean().item()

@@ -7,7 +7,6 @@ or of different sources, lie side by side and are never confused.
 
 import contextlib
 import hashlib
-import importlib
 import importlib.util
 import json
 import os
