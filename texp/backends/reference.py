@@ -18,8 +18,7 @@ from texp.torch_internals import foreach_add, foreach_add_, foreach_copy_, forea
 # arithmetic takes longer than the calls.
 SHARE, AT_LEAST = 1 / 32, 2**16
 
-# Elements that are summed at a time: so few that torch does it in one thread.
-SUMMED = 2**14
+SUMMED = 2**14  # elements that are summed at a time: so few that torch does it in one thread
 
 
 class Entry(NamedTuple):

@@ -28,10 +28,8 @@ _ARGUMENTS = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
 
 def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.optim.Optimizer]]:
     """What to time, by name: torch's three implementations and every available backend of texp, with ordinary groups,
-    with exponential groups, and with its scale on the device.
-
-    The reference backend is left out above 20 million parameters: it is not made to be fast and would take most of
-    the time.
+    with exponential groups, and with its scale on the device. The reference, which is not made to be fast, would take
+    most of the time for large models and is left out there.
     """
     made: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "torch for-loop": partial(torch.optim.SGD, **_ARGUMENTS, foreach=False),

@@ -35,11 +35,8 @@ def take_turns(
     FEWEST_CALLS and MOST_CALLS. The first call of a turn, which finds the caches full of other data, is not counted.
     The order is shuffled in every round, with a fixed seed.
 
-    Args:
-        steps: the candidates by name.
-        wait: waits for the device.
-        on_turn: called with the candidate's name before its turn, untimed.
-        clock: returns seconds.
+    `steps` are the candidates by name, `wait` waits for the device, `on_turn` is called with a candidate's name
+    before its turn, untimed, and `clock` returns seconds.
     """
 
     def call(step: Callable[[], object]) -> tuple[float, float]:

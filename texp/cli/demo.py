@@ -23,8 +23,7 @@ def demo(
     check_writable(plot, figure=True)
     check_writable(csv_path)
     console = make_console()
-    # A second thread saves a quarter of the time on an idle machine, but beside one busy process on two cores it more
-    # than doubles it. One thread is hardly slowed down there.
+    # A second thread saves a quarter of the time on an idle machine; beside a busy process it more than doubles it.
     torch.set_num_threads(1)
     start = time.perf_counter()
     data, runs = digits.load_digits(), digits.make_runs()

@@ -162,9 +162,8 @@ def tools(with_cuda: bool) -> str:
 
 
 def build(root: Path, with_cuda: bool) -> Path:
-    """Compiles the core into root/core_name(with_cuda) and returns the path of the library.
-
-    The library appears there only when it is complete. The output of the compilers is in build.log beside it.
+    """Compiles the core into root/core_name(with_cuda) and returns the path of the library, which appears there only
+    when it is complete. The output of the compilers is in build.log beside it.
 
     Raises BuildError if a compiler or torch is missing; CompileError, with the compiler's first error, which is
     recorded for `failed_before` unless it is passing; OSError if `root` is not writable.
