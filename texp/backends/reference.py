@@ -117,11 +117,12 @@ def in_parts(work: Iterable[Any], numel: Callable[[Any], int], most: int) -> Ite
     """Splits the work, in its order, into parts of at most `most` elements each, or of one item."""
     part, size = [], 0
     for item in work:
-        if part and size + numel(item) > most:
+        elements = numel(item)
+        if part and size + elements > most:
             yield part
             part, size = [], 0
         part.append(item)
-        size += numel(item)
+        size += elements
     if part:
         yield part
 
