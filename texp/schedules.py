@@ -45,10 +45,8 @@ class TEXP(LRScheduler):
     ) -> None:
         for index, group in enumerate(optimizer.param_groups):
             _check_group(index, group)
-        self.milestones = list(milestones)
-        self.gamma = gamma
-        self.instant_decay = instant_decay
-        self.taper = taper
+        self.milestones, self.gamma = list(milestones), gamma
+        self.instant_decay, self.taper = instant_decay, taper
         self.momenta = [float(group.get("momentum", 0)) for group in optimizer.param_groups]
         # Dampening scales what enters the momentum, decay included.
         self.weight_decays = [
@@ -65,16 +63,9 @@ class TEXP(LRScheduler):
         return [self._lr(index, base_lr, self.last_epoch) for index, base_lr in enumerate(self.base_lrs)]
 
     def _lr(self, index: int, base_lr: float, t: int) -> float:
-        return theory.texp_lr(
-            t,
-            float(base_lr),
-            self.weight_decays[index],
-            self.momenta[index],
-            self.milestones,
-            self.gamma,
-            instant_decay=self.instant_decay,
-            taper=self.taper,
-        )
+        decay, momentum = self.weight_decays[index], self.momenta[index]
+        switches = {"instant_decay": self.instant_decay, "taper": self.taper}
+        return theory.texp_lr(t, float(base_lr), decay, momentum, self.milestones, self.gamma, **switches)
 
 
 class EXP(TEXP):

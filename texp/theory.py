@@ -19,8 +19,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-# A step hands at most half of the weights over to the scale, so that P at most doubles.
-ALPHA_MIN = 0.5
+ALPHA_MIN = 0.5  # a step hands at most half of the weights over to the scale, so that P at most doubles
 
 
 class Row(NamedTuple):
@@ -44,8 +43,7 @@ class Row(NamedTuple):
     r_d: float = 0.0
 
 
-# The row that leaves p and b as they are.
-KEEP = Row(a_b=1.0, r_u=1.0)
+KEEP = Row(a_b=1.0, r_u=1.0)  # leaves p and b as they are
 
 
 class Scale(NamedTuple):
@@ -134,12 +132,9 @@ def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_s
     hyper.check()
     lr, momentum, weight_decay = hyper.lr, hyper.momentum, hyper.weight_decay
     P, kappa = scale.P, scale.kappa
-    if momentum == 0:
-        keep, enter, direct, through = 1.0, 0.0, 1.0, 0.0
-    elif hyper.nesterov:
-        keep, enter, direct, through = momentum, 1 - hyper.dampening, 1.0, momentum
-    else:
-        keep, enter, direct, through = momentum, 1 - hyper.dampening, 0.0, 1.0
+    heavy_ball = momentum != 0 and not hyper.nesterov
+    keep, enter = (1.0, 0.0) if momentum == 0 else (momentum, 1 - hyper.dampening)
+    direct, through = (0.0, 1.0) if heavy_ball else (1.0, momentum)
 
     kappa_limit, mu_limit = _limits(hyper)
     if first and lr == 0 and momentum != 0:
@@ -156,7 +151,6 @@ def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_s
     after = Scale(P_after, scale.exponent + k, kappa_c / alpha)
 
     sign = (-1.0 if hyper.maximize else 1.0) / grad_scale
-    heavy_ball = direct == 0
     P2 = P * P
     running = Row(
         a_b=keep,
@@ -171,9 +165,7 @@ def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_s
         r_u=(1.0 if heavy_ball else alpha) / shrink,
         r_d=(0.0 if heavy_ball else kappa_c * lr) / shrink,
     )
-    first_row = running
-    if momentum != 0:
-        first_row = running._replace(a_b=0.0, a_g=sign, a_p=(kappa_first - kappa_c) / P2)
+    first_row = running if momentum == 0 else running._replace(a_b=0.0, a_g=sign, a_p=(kappa_first - kappa_c) / P2)
     idle = Row(a_b=alpha, a_p=alpha * (kappa - after.kappa) / P2, s_p=shrink / alpha, r_u=1 / shrink)
     return Step(running, first_row, idle, after, alpha, shrink / alpha)
 
@@ -199,13 +191,8 @@ def _log10_lr(lr: float, scale: Scale, alpha: float) -> float:
 
 
 def translate(lrs: Iterable[float], weight_decay: float, momentum: float = 0.0) -> list[float]:
-    """The exponential schedule that equals SGD with heavy-ball momentum, weight decay and the LRs `lrs`,
-    exactly, from an empty momentum buffer on (the paper's recursion for general schedules).
-
-    Args:
-        lrs: η_t of every step, in order.
-        weight_decay: λ.
-        momentum: γ.
+    """The exponential schedule that equals SGD with heavy-ball momentum γ, weight decay λ and LRs `lrs`, η_t of every
+    step in order; exactly, from an empty momentum buffer on (the paper's recursion for general schedules).
 
     Returns log10 of η̃_t, one float a step (η̃ itself leaves float64's range in long runs): plain SGD with
     these LRs, the same momentum and no weight decay visits the same functions.

@@ -3,8 +3,8 @@ tested against, so it is written to read like the four equations of texp.theory.
 """
 
 import functools
-from collections.abc import Hashable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from texp.torch_internals import foreach_add, foreach_add_, foreach_copy_, forea
 # arithmetic takes longer than the calls.
 SHARE, AT_LEAST = 1 / 32, 2**16
 
-# Elements that are summed at a time: so few that torch does it in one thread.
-SUMMED = 2**14
+SUMMED = 2**14  # elements that are summed at a time: so few that torch does it in one thread
 
 
 class Entry(NamedTuple):
@@ -58,7 +57,8 @@ def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None, sh
         shared = that_share_memory(written(entries)) if shared is None else shared
         batches = [batch for _, batch in in_batches([(_kind(entry), entry) for entry in entries], shared)]
     for batch in batches:
-        for part in _parts(batch, most):
+        pieces = (piece for entry in batch for piece in _pieces(entry, most))
+        for part in in_parts(pieces, lambda piece: piece.param.numel(), most):
             _apply(row, part)
 
 
@@ -113,18 +113,18 @@ def in_batches(work: Iterable[tuple[Hashable, Entry]], shared: set[int]) -> list
     return [(key, batch) for (key, _), batch in batches.items()]
 
 
-def _parts(batch: list[Entry], most: int) -> Iterator[list[Entry]]:
-    """Splits a batch into parts of at most `most` elements, and large tensors into pieces."""
+def in_parts(work: Iterable[Any], numel: Callable[[Any], int], most: int) -> Iterator[list[Any]]:
+    """Splits the work, in its order, into parts of at most `most` elements each, or of one item."""
     part, size = [], 0
-    for entry in batch:
-        for piece in _pieces(entry, most):
-            numel = piece.param.numel()
-            if part and size + numel > most:
-                yield part
-                part, size = [], 0
-            part.append(piece)
-            size += numel
-    yield part
+    for item in work:
+        elements = numel(item)
+        if part and size + elements > most:
+            yield part
+            part, size = [], 0
+        part.append(item)
+        size += elements
+    if part:
+        yield part
 
 
 def _pieces(entry: Entry, most: int) -> Iterable[Entry]:
@@ -166,16 +166,12 @@ def _apply(row: Row, batch: list[Entry]) -> None:
     d = _sum(1.0, _sum(row.c_g, g, row.c_p, p), row.c_u, u)
     b_next = _sum(row.r_u, u, row.r_d, d)
     if b_next is not None and b_next.tensors is p.tensors:
-        # p changes before b is written.
-        b_next = _Term(1.0, foreach_mul(b_next.tensors, b_next.scalar))
-    if row.s_p == 1:
-        # In place, so that a sparse d costs only its own rows.
-        if d is not None:
-            foreach_add_(p.tensors, d.tensors, alpha=-row.e * d.scalar)
-        p_next = p
-    else:
-        p_next = _sum(row.s_p, p, -row.e, d)
-    _write(params, p_next)
+        b_next = _Term(1.0, foreach_mul(b_next.tensors, b_next.scalar))  # p changes before b is written
+    if row.s_p != 1:
+        p = _sum(row.s_p, p, -row.e, d)
+    elif d is not None:  # in place, so that a sparse d costs only its own rows
+        foreach_add_(p.tensors, d.tensors, alpha=-row.e * d.scalar)
+    _write(params, p)
     if bufs is not None:
         _write(bufs, b_next)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from texp.bench.timing import Times
 
@@ -39,13 +39,8 @@ FIELDS = {
 
 
 def figures(times: dict[str, Times], bytes_: int, copy_gb_per_s: float, host: bool) -> dict[str, dict]:
-    """The fields that are computed from the times, by candidate.
-
-    Args:
-        times: by candidate, FUSED among them.
-        bytes_: moved by a step.
-        copy_gb_per_s: bandwidth of the copy.
-        host: whether the times show the overhead of the host.
+    """The fields that are computed from the times of candidates, FUSED among them, from the bytes that a step moves
+    and the bandwidth of a copy; `host`: whether the times show the overhead of the host.
     """
     fused = statistics.median(times[FUSED].total)
     made = {}
@@ -80,9 +75,8 @@ def saved(records: Iterable[dict], path: Path) -> Iterator[dict]:
 def table(records: list[dict]) -> Table:
     """For the console."""
     numbers = ("median_us", "host_us", "gb_per_s", "share_of_copy", "speedup_over_torch_fused")
-    table = Table("model", "candidate", title=_machine(records[0]))
-    for name in numbers:
-        table.add_column(name, justify="right", overflow="fold")
+    columns = (Column(name, justify="right", overflow="fold") for name in numbers)
+    table = Table("model", "candidate", *columns, title=_machine(records[0]))
     for model, of_model in itertools.groupby(records, key=lambda record: record["model"]):
         for record in of_model:
             values = ("–" if record[name] is None else f"{record[name]:.4g}" for name in numbers)

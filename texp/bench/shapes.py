@@ -5,24 +5,20 @@ Shape = tuple[int, ...]
 
 def resnet32() -> list[Shape]:
     """ResNet-32 for CIFAR-10 (He et al. 2015), shortcuts without parameters."""
-    shapes = [*_conv_norm(16, 3, 3)]
+    shapes = _conv_norm(16, 3, 3)
     for stage, width in enumerate((16, 32, 64)):
         for block in range(5):
             first = width // 2 if stage > 0 and block == 0 else width
-            shapes += [*_conv_norm(width, first, 3), *_conv_norm(width, width, 3)]
+            shapes += _conv_norm(width, first, 3) + _conv_norm(width, width, 3)
     return [*shapes, (10, 64), (10,)]
 
 
 def resnet50() -> list[Shape]:
     """ResNet-50 for ImageNet."""
-    shapes, channels = [*_conv_norm(64, 3, 7)], 64
+    shapes, channels = _conv_norm(64, 3, 7), 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            shapes += [
-                *_conv_norm(width, channels, 1),
-                *_conv_norm(width, width, 3),
-                *_conv_norm(4 * width, width, 1),
-            ]
+            shapes += _conv_norm(width, channels, 1) + _conv_norm(width, width, 3) + _conv_norm(4 * width, width, 1)
             if block == 0:
                 shapes += _conv_norm(4 * width, channels, 1)
             channels = 4 * width
@@ -31,7 +27,7 @@ def resnet50() -> list[Shape]:
 
 def efficientnet_b0() -> list[Shape]:
     """EfficientNet-B0 (Tan & Le 2019)."""
-    shapes, channels = [*_conv_norm(32, 3, 3)], 32
+    shapes, channels = _conv_norm(32, 3, 3), 32
     stages = (
         (1, 3, 16, 1),
         (6, 3, 24, 2),

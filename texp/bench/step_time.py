@@ -2,8 +2,10 @@
 warm caches (texp.bench.timing).
 """
 
+import contextlib
 import math
 import platform
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -18,21 +20,16 @@ from texp.bench.shapes import MODELS
 from texp.bench.timing import Times, take_turns
 
 _BYTES = 20
-
 _TINY = 100  # elements: for such tensors the time is overhead, not arithmetic or memory
-
 _MOST_FOR_REFERENCE = 20_000_000  # parameters
-
 # A million steps move a parameter by at most ten times its gradient.
 _ARGUMENTS = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.optim.Optimizer]]:
     """What to time, by name: torch's three implementations and every available backend of texp, with ordinary groups,
-    with exponential groups, and with its scale on the device.
-
-    The reference backend is left out above 20 million parameters: it is not made to be fast and would take most of
-    the time.
+    with exponential groups, and with its scale on the device. The reference, which is not made to be fast, would take
+    most of the time for large models and is left out there.
     """
     made: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "torch for-loop": partial(torch.optim.SGD, **_ARGUMENTS, foreach=False),
@@ -41,9 +38,8 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
     }
     for name, reason in backends.available().items():
         backend = backends.ALL[name]
-        if reason != backends.OK or device not in backend.device_types() or not backend.is_default():
-            continue
-        if name == "reference" and parameters > _MOST_FOR_REFERENCE:
+        too_slow = name == "reference" and parameters > _MOST_FOR_REFERENCE
+        if reason != backends.OK or device not in backend.device_types() or not backend.is_default() or too_slow:
             continue
         made[f"texp {name}"] = of_backend = partial(texp.SGD, **_ARGUMENTS, backend=name)
         made[f"texp {name} exponential"] = partial(of_backend, scale_invariant=True)
@@ -52,16 +48,10 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
     return made
 
 
-def run(
-    device: str, models: Iterable[str], seconds: float, report: Callable[[str], object] = lambda text: None
-) -> Iterator[dict]:
-    """Yields one record (texp.bench.report.FIELDS) for each model and candidate, model by model.
-
-    Args:
-        device: "cpu" or "cuda".
-        models: names of texp.bench.shapes.MODELS.
-        seconds: minimum time for each candidate and model; see texp.bench.timing.take_turns.
-        report: called before each turn with a description of it.
+def run(device: str, models: Iterable[str], seconds: float, report: Callable[[str], object]) -> Iterator[dict]:
+    """Yields one record (texp.bench.report.FIELDS) for each of the `models` (texp.bench.shapes.MODELS) and candidate,
+    model by model, on "cpu" or "cuda"; `seconds` is that of texp.bench.timing.take_turns. Before each turn `report`
+    is called with a description of it.
     """
     run_on = _machine(device)
     copy_gb_per_s = copy_bandwidth(device, seconds, report)
@@ -87,7 +77,7 @@ def _time_model(device: str, model: str, seconds: float, report: Callable[[str],
     return take_turns(steps, seconds, wait=_wait(device), on_turn=lambda name: report(f"{model}, {name}"))
 
 
-def copy_bandwidth(device: str, seconds: float, report: Callable[[str], object] = lambda text: None) -> float:
+def copy_bandwidth(device: str, seconds: float, report: Callable[[str], object]) -> float:
     """Bandwidth, in GB/s read and written, of a copy of 400 MB.
 
     On a CPU a step may exceed it: a copy also reads the cache lines that it overwrites (write-allocate), which is not
@@ -118,9 +108,7 @@ def _machine(device: str) -> dict:
 
 def cpu_model() -> str:
     """Empty if unknown."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return platform.processor()

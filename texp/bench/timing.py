@@ -25,7 +25,7 @@ def take_turns(
     steps: dict[str, Callable[[], object]],
     seconds: float,
     *,
-    wait: Callable[[], object] = lambda: None,
+    wait: Callable[[], object],
     on_turn: Callable[[str], object] = lambda name: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
@@ -35,11 +35,8 @@ def take_turns(
     FEWEST_CALLS and MOST_CALLS. The first call of a turn, which finds the caches full of other data, is not counted.
     The order is shuffled in every round, with a fixed seed.
 
-    Args:
-        steps: the candidates by name.
-        wait: waits for the device.
-        on_turn: called with the candidate's name before its turn, untimed.
-        clock: returns seconds.
+    `steps` are the candidates by name, `wait` waits for the device, `on_turn` is called with a candidate's name
+    before its turn, untimed, and `clock` returns seconds.
     """
 
     def call(step: Callable[[], object]) -> tuple[float, float]:
@@ -49,16 +46,11 @@ def take_turns(
         wait()
         return clock() - start, returned - start
 
-    def calls_of_a_turn(name: str) -> int:
+    calls, times = {}, {name: Times() for name in steps}
+    for name, step in steps.items():
         on_turn(name)
-        usual = statistics.median(call(steps[name])[0] for _ in range(_ESTIMATES))
-        return max(FEWEST_CALLS, min(int(TURN_SECONDS / usual), MOST_CALLS))
-
-    def done(name: str) -> bool:
-        return times[name].spent >= seconds and len(times[name].total) >= FEWEST_REPEATS
-
-    calls = {name: calls_of_a_turn(name) for name in steps}
-    times = {name: Times() for name in steps}
+        usual = statistics.median(call(step)[0] for _ in range(_ESTIMATES))
+        calls[name] = max(FEWEST_CALLS, min(int(TURN_SECONDS / usual), MOST_CALLS))
     generator, left = random.Random(0), list(steps)
     while left:
         generator.shuffle(left)
@@ -68,5 +60,5 @@ def take_turns(
             times[name].total += totals[1:]
             times[name].host += hosts[1:]
             times[name].spent += sum(totals)
-        left = [name for name in left if not done(name)]
+        left = [name for name in left if times[name].spent < seconds or len(times[name].total) < FEWEST_REPEATS]
     return times

@@ -35,8 +35,7 @@ def check_writable(path: Path | None, *, figure: bool = False) -> None:
         raise typer.BadParameter(f"cannot write a figure to {path}: its name must end in {' or '.join(FIGURES)}")
     existed = path.exists()
     try:
-        with path.open("ab"):
-            pass
+        path.open("ab").close()
     except OSError as error:
         raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from None
     if not existed:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from texp.cli import digits
 from texp.cli.common import check_writable, make_console, make_progress
@@ -23,8 +23,7 @@ def demo(
     check_writable(plot, figure=True)
     check_writable(csv_path)
     console = make_console()
-    # A second thread saves a quarter of the time on an idle machine, but beside one busy process on two cores it more
-    # than doubles it. One thread is hardly slowed down there.
+    # A second thread saves a quarter of the time on an idle machine; beside a busy process it more than doubles it.
     torch.set_num_threads(1)
     start = time.perf_counter()
     data, runs = digits.load_digits(), digits.make_runs()
@@ -36,16 +35,10 @@ def demo(
             for _ in run.train(data, epochs, seed):
                 progress.advance(task)
 
-    table = Table()
-    for column, justify in (
-        ("run", "left"),
-        ("final train loss", "right"),
-        ("test accuracy", "right"),
-        ("largest difference of the loss", "right"),
-        ("log10 of the last LR", "right"),
-        ("norm of the convolutions, as stored", "right"),
-    ):
-        table.add_column(column, justify=justify, overflow="fold")
+    numbers = ["final train loss", "test accuracy", "largest difference of the loss", "log10 of the last LR"]
+    numbers += ["norm of the convolutions, as stored"]
+    columns = (Column(name, justify="right", overflow="fold") for name in numbers)
+    table = Table(Column("run", overflow="fold"), *columns)
     for run in runs:
         last_epoch = run.loss[-steps // epochs :]
         table.add_row(

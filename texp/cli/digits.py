@@ -116,8 +116,8 @@ class Run:
     test_accuracy: float = math.nan
     weight_norm: float = math.nan  # of the convolutions, as they are stored
 
-    def train(self, data: Digits, epochs: int, seed: int) -> Iterator[int]:
-        """Trains from the initialisation and the batches of `seed`; yields the number of each step taken."""
+    def train(self, data: Digits, epochs: int, seed: int) -> Iterator[None]:
+        """Trains from the initialisation and the batches of `seed`; yields after each step."""
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -126,17 +126,16 @@ class Run:
         steps = len(data.train_x) // BATCH_SIZE
         optimizer = self.make(model)
         schedule = self.schedule(optimizer, [epochs // 2 * steps, epochs * 3 // 4 * steps], GAMMA)
-        for epoch in range(epochs):
+        for _ in range(epochs):
             order = torch.randperm(len(data.train_x), generator=generator)
-            for step in range(steps):
-                batch = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
+            for batch in order.split(BATCH_SIZE)[:steps]:
                 optimizer.zero_grad()
                 loss = cross_entropy(model(data.train_x[batch]), data.train_y[batch])
                 loss.backward()
                 self._record(loss.item(), optimizer, weights)
                 optimizer.step()
                 schedule.step()
-                yield epoch * steps + step
+                yield
         model.eval()
         with torch.no_grad():
             self.test_accuracy = (model(data.test_x).argmax(1) == data.test_y).double().mean().item()
@@ -160,33 +159,23 @@ def make_runs() -> list[Run]:
     """The three ways: step decay with weight decay, the same in exponential form, and TEXP without decay. Then the
     first two with everything trainable."""
 
-    def sgd(model):
-        return torch.optim.SGD(_trainable(model), LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
-
-    def exponential(model):
-        return SGD(_trainable(model), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, scale_invariant=True)
-
-    def undecayed(model):
-        return torch.optim.SGD(_trainable(model), LR, MOMENTUM)
+    def one_group(optimizer, **options):
+        return lambda model: optimizer([p for p in model.parameters() if p.requires_grad], LR, MOMENTUM, **options)
 
     def groups(model):
-        found = param_groups(model, torch.randn(4, 1, 8, 8).double(), weight_decay=WEIGHT_DECAY)
-        return SGD(found, LR, MOMENTUM)
+        return SGD(param_groups(model, torch.randn(4, 1, 8, 8).double(), **decay), LR, MOMENTUM)
 
-    texp = partial(TEXP, weight_decay=WEIGHT_DECAY)
+    decay = {"weight_decay": WEIGHT_DECAY}
+    sgd, exponential = one_group(torch.optim.SGD, **decay), one_group(SGD, **decay, scale_invariant=True)
     one = Run("torch.optim.SGD, step decay, weight decay", sgd)
     all_ = Run("everything trainable: torch.optim.SGD, as above", sgd, all_trainable=True)
     return [
         one,
         Run("texp.SGD, the same arguments, exponential form", exponential, like=one),
-        Run("torch.optim.SGD, TEXP schedule, no decay", undecayed, texp, like=one),
+        Run("torch.optim.SGD, TEXP schedule, no decay", one_group(torch.optim.SGD), partial(TEXP, **decay), like=one),
         all_,
         Run("everything trainable: texp.SGD, groups by texp.param_groups", groups, like=all_, all_trainable=True),
     ]
-
-
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def largest_difference(run: Run, other: Run) -> float:

@@ -36,14 +36,14 @@ def schedule(
     starts = _milestones(milestones, epochs, steps_per_epoch)
     try:
         phases = theory.texp_phases(lr, weight_decay, momentum, starts, gamma)
-        ends = [*(phase.start for phase in phases[1:]), steps]
+        ends = [*starts, steps]
         etas = [p.lr for p, end in zip(phases, ends, strict=True) for _ in range(p.start, end)] if every_step else []
         exact = theory.translate(etas, weight_decay, momentum)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
     # One column for each phase: this fits a narrow terminal.
-    table, rows = Table("phase"), {}
+    table, columns = Table("phase"), []
     for index, (phase, end) in enumerate(zip(phases, ends, strict=True)):
         table.add_column(str(index), justify="right", no_wrap=True)
         growth = -2 * math.log10(phase.alpha)
@@ -58,10 +58,9 @@ def schedule(
             "log10 LR, first": f"{phase.log10_lr:.4f}",
             "log10 LR, last": f"{phase.log10_lr_at(end - 1):.4f}",
         }
-        for name, value in values.items():
-            rows.setdefault(name, []).append(value)
-    for name, row in rows.items():
-        table.add_row(name, *row)
+        columns.append(values)
+    for name in columns[0]:
+        table.add_row(name, *(values[name] for values in columns))
     make_console().print(table)
     if not every_step:
         return
@@ -73,7 +72,7 @@ def schedule(
             writer.writerows([t, *values] for t, values in enumerate(zip(etas, closed, exact, strict=True)))
         print(csv_path.resolve())
     if plot is not None:
-        _plot_schedule([t / steps_per_epoch for t in range(steps)], etas, closed, exact, plot)
+        _plot([t / steps_per_epoch for t in range(steps)], etas, closed, exact, plot)
         print(plot.resolve())
 
 
@@ -88,9 +87,7 @@ def _milestones(text: str, epochs: int, steps_per_epoch: int) -> list[int]:
     return [epoch * steps_per_epoch for epoch in milestones]
 
 
-def _plot_schedule(
-    epoch: list[float], etas: list[float], closed: list[float], exact: list[float], path: Path
-) -> None:
+def _plot(epoch: list[float], etas: list[float], closed: list[float], exact: list[float], path: Path) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     axes.plot(epoch, [math.log10(eta) for eta in etas], color="0.5", label="with weight decay")

@@ -12,9 +12,10 @@ pre-activation ResNet nothing that writes to the residual stream is invariant, b
 """
 
 import dataclasses
+import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -65,11 +66,11 @@ class Audit:
         return sum(self.sizes[n] for n in self.invariant) / sum(self.sizes[n] for n in self.invariant + self.rest)
 
     def __str__(self) -> str:
-        trainable = self.invariant + self.rest
-        scaled, total = (sum(self.sizes[n] for n in names) for names in (self.invariant, trainable))
+        scaled, left = (sum(self.sizes[n] for n in names) for names in (self.invariant, self.rest))
+        total = scaled + left
         lines = [
-            f"scale-invariant together: {len(self.invariant)} of {len(trainable)} trainable parameters, {scaled:,} "
-            f"of {total:,} numbers ({self.fraction:.2%})",
+            f"scale-invariant together: {len(self.invariant)} of {len(self.invariant + self.rest)} trainable "
+            f"parameters, {scaled:,} of {total:,} numbers ({self.fraction:.2%})",
             f"parts that are so alone: {len(self.sets)}, the largest of {max(map(len, self.sets), default=0)} "
             f"parameters; running statistics that grow with them: {len(self.norm_stats)}",
         ]
@@ -86,9 +87,7 @@ class Audit:
         if unseen := [n for n in self.without_effect if n in self.invariant]:
             lines.append(f"scaled, but seen by running statistics alone: {', '.join(unseen)}")
         if self.unreached:
-            lines.append(
-                f"reached by no input that was tried (if others do, this may be wrong): {', '.join(self.unreached)}"
-            )
+            lines.append(f"{UNREACHED} (if others do, this may be wrong): {', '.join(self.unreached)}")
         lines += [
             f"rank {self.rank} of {self.rows} rows, singular gap {self.gap:.1e}",
             f"scaled by up to {FACTORS[-1]:.0e}, the output moves by {self.deviation:.1e} (relative); by 2, with the "
@@ -142,7 +141,20 @@ def audit(
         raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}")
     with no_trace(device, dtype), untouched(model):
         probe = Probe(model, example_inputs, forward, seed, device, dtype)
-        return _audit(model, probe, hold or (lambda name, p: False), max_rows, progress)
+        if not probe.params:
+            raise ValueError("the model has no trainable parameters")
+        equations = Equations(len(probe.params), len(probe.norms), dtype)
+        for attempt in itertools.count(1):
+            _collect(equations, probe, max_rows, progress)
+            try:
+                return _solved(model, probe, equations, hold or (lambda name, p: False))
+            except AuditError as error:
+                # More rows may help, for example with a branch that few inputs reach.
+                if attempt == TRIES or (max_rows is not None and len(equations.rows) >= max_rows):
+                    raise AuditError(f"{error}{_seldom(probe, equations)}") from error
+                if isinstance(error, UnconfirmedError):
+                    # Activations that clip, as ReLU6, look invariant where they do not clip: go on where they do.
+                    probe.rescale(error.powers, error.c)
 
 
 def param_groups(
@@ -183,35 +195,23 @@ def param_groups(
         model, *example_inputs, forward=forward, hold=no_decay, seed=seed, max_rows=max_rows, device=device,
         dtype=dtype, progress=progress,
     )  # fmt: skip
-    tensors = dict(model.named_parameters())
+    for warning in _warnings(found):
+        warnings.warn(warning, stacklevel=2)
     # Named by their modules, they are found wherever the model moves.
     paths = [(*name.rpartition(".")[::2], name, power) for name, power in found.norm_stats]
     stats = [NormStat(model.get_submodule(path), last, power=power, name=name) for path, last, name, power in paths]
-    placed = {name for name, _ in found.norm_stats}.union(found.invariant)
-    rest = {name: p for name, p in model.named_parameters() if name not in placed}
-    still = [name for name, p in rest.items() if no_decay is not None and no_decay(name, p)]
+    placed = {name for name, _ in found.norm_stats}
+    scaled, decayed, still = [], [], []
+    for name, p in model.named_parameters():
+        if name in found.invariant:
+            scaled.append(p)
+        elif name not in placed:
+            (still if no_decay is not None and no_decay(name, p) else decayed).append(p)
     groups = [
-        {"params": [tensors[name] for name in found.invariant], "scale_invariant": True, "norm_stats": stats},
-        {"params": [p for name, p in rest.items() if name not in still], "scale_invariant": False},
-        {"params": [rest[name] for name in still], "scale_invariant": False, "weight_decay": 0.0},
+        {"params": scaled, "scale_invariant": True, "norm_stats": stats},
+        {"params": decayed, "scale_invariant": False},
+        {"params": still, "scale_invariant": False, "weight_decay": 0.0},
     ]
-    if not found.invariant:
-        warnings.warn(
-            f"no parameters are scale-invariant, all groups are ordinary: {_why_empty(found)}", stacklevel=2
-        )
-    if found.invariant and found.unreached:
-        warnings.warn(
-            f"no input that was tried reaches {len(found.unreached)} parameters ({found.unreached[0]}, …). If others "
-            "do, as with experts, what is scale-invariant may not be so for them: give an example large enough to "
-            "reach all parameters, and requires_grad = False to those that are never used",
-            stacklevel=2,
-        )
-    if found.eps_deviation > LARGE_EPS:
-        warnings.warn(
-            f"the eps of the model's norms is large: it moves outputs by {found.eps_deviation:.2g} (relative) when "
-            "the scale-invariant weights are doubled, so that training will differ from that of torch.optim.SGD",
-            stacklevel=2,
-        )
     return [{**options, **group} for group in groups if group["params"]]
 
 
@@ -220,44 +220,42 @@ def bias_or_norm(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() <= 1 or name.endswith(".bias") or name == "bias"
 
 
-def _why_empty(found: Audit) -> str:
-    why = {}
-    for name in sorted(found.rest, key=lambda name: -found.sizes[name]):
-        why.setdefault(found.reasons[name], []).append(name)
-    return "; ".join(f"{len(names)} parameters ({names[0]}, …) {reason}" for reason, names in why.items())
-
-
-def _audit(model: nn.Module, probe: Probe, hold, max_rows, progress) -> Audit:
-    if not probe.params:
-        raise ValueError("the model has no trainable parameters")
-    equations = Equations(len(probe.params), len(probe.norms), probe.dtype)
-    for tries_left in reversed(range(TRIES)):
-        _collect(equations, probe, max_rows, progress)
-        try:
-            return _solved(model, probe, equations, hold)
-        except AuditError as error:
-            # More rows may help, for example with a branch that few inputs reach.
-            if tries_left == 0 or (max_rows is not None and equations.count >= max_rows):
-                raise AuditError(f"{error}{_seldom(probe, equations)}") from error
-            if isinstance(error, UnconfirmedError):
-                # Activations that clip, such as ReLU6, look invariant where they do not clip: go on where they do.
-                probe.rescale(error.powers, error.c)
-    raise AssertionError("TRIES is at least 1")
+def _warnings(found: Audit) -> Iterator[str]:
+    """What training with these groups may suffer from."""
+    if not found.invariant:
+        why = {}
+        for name in sorted(found.rest, key=lambda name: -found.sizes[name]):
+            why.setdefault(found.reasons[name], []).append(name)
+        reasons = "; ".join(f"{len(names)} parameters ({names[0]}, …) {reason}" for reason, names in why.items())
+        yield f"no parameters are scale-invariant, all groups are ordinary: {reasons}"
+    elif found.unreached:
+        yield (
+            f"no input that was tried reaches {len(found.unreached)} parameters ({found.unreached[0]}, …). If others "
+            "do, as with experts, what is scale-invariant may not be so for them: give an example large enough to "
+            "reach all parameters, and requires_grad = False to those that are never used"
+        )
+    if found.eps_deviation > LARGE_EPS:
+        yield (
+            f"the eps of the model's norms is large: it moves outputs by {found.eps_deviation:.2g} (relative) when "
+            "the scale-invariant weights are doubled, so that training will differ from that of torch.optim.SGD"
+        )
 
 
 def _seldom(probe: Probe, equations: Equations) -> str:
     """Advice for parameters that only some of the inputs reach."""
     fewest, name = min((n, name) for n, name in zip(equations.reached(), probe.params, strict=True) if n)
-    if fewest >= PATIENCE:
-        return ""
-    return f". Only {fewest} of {equations.count} rows see {name}: a larger example would tell more, if it reaches it"
+    advice = f"rows see {name}: a larger example would tell more, if it reaches it"
+    return f". Only {fewest} of {len(equations.rows)} {advice}" if fewest < PATIENCE else ""
 
 
 class UnconfirmedError(AuditError):
     """A set solves the equations, but the output moves when it is scaled by c."""
 
-    def __init__(self, message: str, powers: dict[str, float], c: float) -> None:
-        super().__init__(message)
+    def __init__(self, powers: dict[str, float], c: float, moved: float, tol: float) -> None:
+        super().__init__(
+            f"a set of {len(powers)} parameters solves the equations, but when it is scaled by {c:g} the output "
+            f"moves by {moved:.2e} (relative), more than {tol:.1e}"
+        )
         self.powers, self.c = powers, c
 
 
@@ -269,27 +267,23 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
     if not effect.any():
         raise ValueError("the output depends on none of the trainable parameters")
     params = dict(model.named_parameters())
-    held = [hold(name, params[name]) for name in names]
-    sizes = [params[name].numel() for name in names]
-    # A parameter that only running statistics see has no gradient. Without decay it never moves and may follow any
-    # power.
-    follows = [h and s and not e for h, s, e in zip(held, seen, effect, strict=True)]
-    bounds = [
-        FREE if f else (0, 0 if h or not (e or s) else 1)
-        for f, h, e, s in zip(follows, held, effect, seen, strict=True)
-    ]
+    held = torch.tensor([bool(hold(name, params[name])) for name in names])
+    # What only running statistics see has no gradient. Without decay it never moves and may follow any power.
+    follows = held & seen & ~effect
+    bounds = [FREE if f else (0, int(s)) for f, s in zip(follows, (effect | seen) & ~held, strict=True)]
+    sizes = [0 if f else params[name].numel() for name, f in zip(names, follows, strict=True)]
     reduced, gap = equations.reduced()
-    values = largest(reduced, [0 if f else size for f, size in zip(follows, sizes, strict=True)], bounds)
+    values = largest(reduced, sizes, bounds)
     chosen = [v > 0.5 and not f for v, f in zip(values, follows, strict=False)]
     invariant = [name for name, c in zip(names, chosen, strict=True) if c]
-    powers = dict.fromkeys(invariant, 1.0)
-    powers |= {name: _snap(v) for name, v, f in zip(names, values, follows, strict=False) if f and _snap(v) != 0}
+    following = {name: _snap(v) for name, v, f in zip(names, values, follows, strict=False) if f and _snap(v) != 0}
+    powers = dict.fromkeys(invariant, 1.0) | following
     deviation, growth = _confirm(probe, powers, dict(zip(norms, values[len(names) :], strict=True)), equations.tol)
     probe.as_it_was(model)
     eps_deviation = probe.scaled(powers, 2.0).output if invariant else 0.0
 
     reasons = {
-        name: FOLLOWS if name in powers
+        name: FOLLOWS if name in following
         else UNREACHED if not reached[i]
         else HELD if held[i]
         else NO_EFFECT if not (effect[i] or seen[i])
@@ -306,8 +300,8 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
         reasons=reasons,
         sizes={name: p.numel() for name, p in params.items()},
         modules={name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in params},
-        norm_stats=[*growth.items(), *((name, power) for name, power in powers.items() if name not in invariant)],
-        rows=equations.count,
+        norm_stats=[*growth.items(), *following.items()],
+        rows=len(equations.rows),
         rank=len(reduced),
         gap=gap,
         deviation=deviation,
@@ -317,16 +311,17 @@ def _solved(model: nn.Module, probe: Probe, equations: Equations, hold) -> Audit
 
 def _collect(equations: Equations, probe: Probe, max_rows: int | None, progress) -> None:
     """Adds rows until their rank has settled; raises AuditError if it has not after max_rows."""
-    limit = equations.count + 2 * (equations.n + equations.K + 2 * PATIENCE) if max_rows is None else max_rows
-    start, rank = len(equations.inputs), 0
-    while equations.count < limit:
-        equations.inputs.append(list(probe.rows()))
-        done = len(equations.inputs)
-        if done % (PATIENCE // 2) == 0:
+    start, rank = len(equations.rows), 0
+    limit = start + 2 * (equations.n + equations.K + 2 * PATIENCE) if max_rows is None else max_rows
+    patience = PATIENCE * (2 if equations.K else 1)  # in rows: an input gives a second one if there are statistics
+    while len(equations.rows) < limit:
+        equations.rows += probe.rows()
+        done = len(equations.rows)
+        if done % (patience // 2) == 0:
             rank = equations.rank()
             if progress is not None:
-                progress(equations.count, rank, limit)
-            if done - start > PATIENCE and rank == equations.rank(done - PATIENCE):
+                progress(done, rank, limit)
+            if done - start > patience and rank == equations.rank(done - patience):
                 return
     raise AuditError(f"the rank of the equations has not settled: it is {rank} after max_rows = {limit} rows")
 
@@ -354,13 +349,7 @@ def _confirm(
         probe.move()
         changes.append(probe.scaled(powers, c))
         if not changes[-1].output <= tol:
-            raise UnconfirmedError(
-                f"a set of {len(powers)} parameters solves the equations, but when it is scaled by {c:g} the output "
-                f"moves by {changes[-1].output:.2e} (relative), more than {tol:.1e}",
-                powers,
-                c,
-            )
-    deviation = max(change.output for change in changes)
+            raise UnconfirmedError(powers, c, changes[-1].output, tol)
     growth = {}
     for name, power in changes[0].powers.items():
         norm, _, kind = name.rpartition(".")
@@ -373,7 +362,7 @@ def _confirm(
             )
         if measured and _snap(expected) != 0:
             growth[name] = _snap(expected)
-    return deviation, growth
+    return max(change.output for change in changes), growth
 
 
 def _snap(power: float) -> float:

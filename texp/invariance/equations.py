@@ -1,5 +1,4 @@
-"""The equations that a scale-invariant set solves, collected as `texp.invariance.probe.Row`s: their rank, their exact
-form, and the largest set that solves them.
+"""The equations that a scale-invariant set solves: their rank, their exact form, the largest set that solves them.
 
 Unknowns: d_i for each of n parameters, 1 if it is in the set and 0 if not, and for each of K norms with running
 statistics the power D_k of P with which its input grows.
@@ -29,45 +28,35 @@ class Equations:
         self.eps = torch.finfo(dtype).eps
         # Cosines below the first are rounding errors, those above the second are not; in float64 4e-10 and 5e-7.
         self.tol, self.clear = self.eps**0.6, self.eps**0.4
-        self.inputs: list[list[Row]] = []  # the rows of each input
-
-    def rows(self, inputs: int | None = None) -> list[Row]:
-        """Those of the first `inputs` inputs, or of all."""
-        return [row for rows in self.inputs[:inputs] for row in rows]
-
-    @property
-    def count(self) -> int:
-        return len(self.rows())
+        self.rows: list[Row] = []
 
     def reached(self) -> list[int]:
         """For each parameter, how many rows have a gradient of it."""
-        return torch.stack([row.sizes > 0 for row in self.rows()]).sum(0).tolist()
+        return torch.stack([row.sizes > 0 for row in self.rows]).sum(0).tolist()
 
     def effects(self) -> tuple[Tensor, Tensor]:
         """For each parameter, whether outputs depend on it, and whether running statistics do."""
-        depends = torch.stack([row.sizes / row.sizes.max().clamp_min(1e-300) > self.tol for row in self.rows()])
-        of_output = torch.tensor([row.of_output for row in self.rows()])
+        depends = torch.stack([row.sizes / row.sizes.max().clamp_min(1e-300) > self.tol for row in self.rows])
+        of_output = torch.tensor([row.of_output for row in self.rows])
         return depends[of_output].any(0), depends[~of_output].any(0)
 
-    def singular(self, inputs: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular values and right singular vectors of the rows of the first `inputs` inputs, and the units of
-        their columns.
+    def singular(self, first: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular values and right singular vectors of the first rows, or of all, and the units of their columns.
 
         A row is taken in units of its largest ‖p_i‖‖g_i‖, a column then in units of their root mean square: what is
         left are cosines between parameters and gradients, next to which rounding errors are a few ε.
         """
-        rows = self.rows(inputs)
+        rows = self.rows[:first]
         A = torch.stack([torch.cat([row.products, -row.degrees]) for row in rows])
         sizes = torch.stack([torch.cat([row.sizes, row.degrees.abs()]) for row in rows])
         largest = sizes.amax(1, keepdim=True).clamp_min(1e-300)
         units = (sizes / largest).square().mean(0).sqrt()
-        # Nothing depends on these, as far as can be told: not to be blown up.
-        units = torch.where(units > self.tol, units, torch.ones_like(units))
+        units[units <= self.tol] = 1  # nothing depends on these, as far as can be told: not to be blown up
         _, s, V = torch.linalg.svd(A / largest / units, full_matrices=False)
         return s / math.sqrt(len(rows)), V, units
 
-    def rank(self, inputs: int | None = None) -> int:
-        return int((self.singular(inputs)[0] > self.tol).sum())
+    def rank(self, first: int | None = None) -> int:
+        return int((self.singular(first)[0] > self.tol).sum())
 
     def reduced(self) -> tuple[Tensor, float]:
         """The equations in reduced row echelon form, (rank, n + K), with their rounding errors cut off; the gap.
@@ -94,13 +83,12 @@ class Equations:
 def largest(reduced: Tensor, sizes: list[int], bounds: list[Bounds], whole: bool = True) -> list[float]:
     """Maximises Σ sizes[i]·d_i with `reduced`·(d, D) = 0, over d_i in bounds, 0 or 1 (if `whole`) but where
     unbounded; returns d and D."""
-    optimize = scipy_optimize()
     K = reduced.shape[1] - len(sizes)
     total = max(sum(sizes), 1)
-    answer = optimize.linprog(
+    answer = scipy_optimize().linprog(
         [-size / total for size in sizes] + [0.0] * K,
-        A_eq=reduced.numpy() if len(reduced) else None,
-        b_eq=[0.0] * len(reduced) if len(reduced) else None,
+        A_eq=reduced.numpy(),
+        b_eq=[0.0] * len(reduced),
         bounds=[*bounds, *[FREE] * K],
         integrality=[int(whole and b != FREE) for b in bounds] + [0] * K,
         method="highs",
@@ -161,7 +149,6 @@ def scipy_optimize():
     try:
         from scipy import optimize
     except ImportError as error:
-        raise ImportError(
-            "texp.audit solves an integer programme with scipy 1.9 or newer: pip install scipy"
-        ) from error
+        why = "texp.audit solves an integer programme with scipy 1.9 or newer: pip install scipy"
+        raise ImportError(why) from error
     return optimize

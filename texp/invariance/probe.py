@@ -5,6 +5,7 @@ is not touched.
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 import random
 import sys
@@ -42,15 +43,9 @@ class Change(NamedTuple):
 
 
 class Probe:
-    """The copy, in train mode, without dropout or stochastic depth, with eps ≈ 0 in its norms. Norms that are in eval
-    mode while the model is in train mode, or that its `train` leaves there, stay so.
-
-    Args:
-        model: is copied, and not changed.
-        inputs: example arguments; random ones are drawn like them, each tensor by itself.
-        forward: as for `texp.audit`.
-        seed: for parameters, inputs and directions.
-        device, dtype: of the copy.
+    """The copy, in train mode, without dropout or stochastic depth, with eps ≈ 0 in its norms. Norms in eval mode
+    while the model is in train mode, or that its `train` leaves there, stay so. Arguments are those of `texp.audit`;
+    random inputs are drawn like the given ones, each tensor by itself.
 
     Raises ValueError for parameters that are complex, uninitialised, or share memory without being the same.
     """
@@ -90,6 +85,7 @@ class Probe:
             for key in EPS_NAMES:
                 if isinstance(eps := getattr(module, key, 0), float | None):
                     self.eps.append((module, key, eps))
+                    setattr(module, key, EPS)
             if isinstance(module, _NormBase) and module.training:
                 module.register_forward_pre_hook(self._see, with_kwargs=True)
                 if module.running_mean is not None:
@@ -97,15 +93,11 @@ class Probe:
             elif isinstance(module, _NormBase) and module.running_mean is not None:
                 module.running_mean.copy_(self._random_like(module.running_mean))
                 module.running_var.mul_(self._random_like(module.running_var).mul_(0.3).exp())
-        self.seen: list[tuple[nn.Module, Tensor]] = []  # (norm, its input) of the last run
-        for module, key, _ in self.eps:
-            setattr(module, key, EPS)
+        self.seen: list[tuple[nn.Module, Tensor]] = []  # (norm, its input) of the last run, of those in `norms`
         with torch.no_grad():
             for p in self.model.parameters():
                 p.copy_(self._generic(p))
         self.base = {name: p.detach().clone() for name, p in self.params.items()}
-        self.base_norm = {name: p.norm().item() for name, p in self.base.items()}
-        self.norm_of = dict(self.base_norm)  # of the parameters where they are now
 
     def rows(self) -> Iterator[Row]:
         """One row of the outputs and, if there are norms with running statistics, one of these. Then moves on.
@@ -117,14 +109,13 @@ class Probe:
         none = torch.zeros(len(self.norms), dtype=torch.float64)
         yield Row(*self._products(total, retain=bool(self.norms)), none, of_output=True)
         if self.norms:
-            total, degrees, index = 0.0, none.clone(), {module: k for k, module in enumerate(self.norms)}
+            total, degrees, order = torch.zeros_like(total), none.clone(), list(self.norms)
             for module, x in self.seen:
-                if module in index:
-                    dims = [d for d in range(x.dim()) if d != 1]
-                    for power, stat in ((1, x.mean(dims)), (2, x.var(dims, correction=0))):
-                        part = (self._random_like(stat) * stat).sum() / _rms(stat)
-                        total = total + part
-                        degrees[index[module]] += power * part.item()
+                dims = [d for d in range(x.dim()) if d != 1]
+                for power, stat in ((1, x.mean(dims)), (2, x.var(dims, correction=0))):
+                    part = (self._random_like(stat) * stat).sum() / _rms(stat)
+                    total = total + part
+                    degrees[order.index(module)] += power * part.item()
             yield Row(*self._products(total, retain=False), degrees, of_output=False)
         self.move()
 
@@ -135,7 +126,6 @@ class Probe:
             for name, p in self.params.items():
                 factor = torch.empty((), dtype=p.dtype).uniform_(-0.3, 0.3, generator=self.generator).exp().item()
                 torch.mul(self.base[name], factor, out=p)
-                self.norm_of[name] = self.base_norm[name] * factor
         self.inputs = _map(self.example, self._like)
         self.seed += 1
 
@@ -143,7 +133,6 @@ class Probe:
         """Moves on from where these parameters are multiplied by c^power."""
         for name, power in powers.items():
             self.base[name].mul_(c**power)
-            self.base_norm[name] *= c**power
         self.move()
 
     def scaled(self, powers: dict[str, float], c: float) -> Change:
@@ -155,17 +144,13 @@ class Probe:
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         runs = []
         with torch.no_grad():
-            for sign in (0, 1):
+            for sign in (1, -1):
+                for name, b in self.model.named_buffers():
+                    # From zero, running statistics are the new ones after one step, times a constant.
+                    b.copy_(torch.zeros_like(b) if _is_stat(name) else buffers[name])
+                runs.append((self.run(), {name: b.clone() for name, b in self.model.named_buffers()}))
                 for name, power in powers.items():
                     self.params[name].mul_(c ** (sign * power))
-                for name, b in self.model.named_buffers():
-                    # Running statistics start from zero: what they are after one step is then the new ones, times
-                    # a constant.
-                    b.copy_(torch.zeros_like(b) if _is_stat(name) else buffers[name])
-                outputs = self.run()
-                runs.append((outputs, {n: b.clone() for n, b in self.model.named_buffers()}))
-            for name, power in powers.items():
-                self.params[name].mul_(c**-power)
             for name, b in self.model.named_buffers():
                 b.copy_(buffers[name])
         (before, left), (after, scaled_left) = runs
@@ -181,10 +166,10 @@ class Probe:
 
     def as_it_was(self, model: nn.Module) -> None:
         """Gives the copy the parameters, buffers, norms' eps and inputs that the model has."""
+        own, its = (itertools.chain(each.parameters(), each.buffers()) for each in (self.model, model))
         with torch.no_grad():
-            for own, its in ((self.model.parameters(), model.parameters()), (self.model.buffers(), model.buffers())):
-                for p, q in zip(own, its, strict=True):
-                    p.copy_(q)
+            for p, q in zip(own, its, strict=True):
+                p.copy_(q)
         for module, key, eps in self.eps:
             setattr(module, key, eps)
         self.inputs = self.example
@@ -199,8 +184,8 @@ class Probe:
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(self.seed % 2**32)
         found = tensors(self.forward(self.model, *self.inputs))
-        outputs = [torch.view_as_real(y) if y.is_complex() else y for y in found]
-        outputs = [y for y in outputs if y.is_floating_point()]
+        real = (torch.view_as_real(y) if y.is_complex() else y for y in found)
+        outputs = [y for y in real if y.is_floating_point()]
         if not outputs:
             raise ValueError("the output holds no tensor of floating-point numbers; see `forward`")
         if not all(y.isfinite().all() for y in outputs):
@@ -215,20 +200,17 @@ class Probe:
                 f"a {type(module).__name__} of {module.num_features} channels sees {values} values per channel: two "
                 "become ±1 whatever they are, so give an example with a larger batch"
             )
-        self.seen.append((module, x))
+        if module in self.norms:
+            self.seen.append((module, x))
 
     def _products(self, total: Tensor, retain: bool) -> tuple[Tensor, Tensor]:
+        """`Row.products` and `Row.sizes` of total."""
         params = list(self.params.values())
-        products = torch.zeros(2, len(params), dtype=torch.float64)
-        if not isinstance(total, Tensor) or not total.requires_grad:
-            return tuple(products)
-        grads = torch.autograd.grad(total, params, retain_graph=retain, allow_unused=True)
-        there = [i for i, g in enumerate(grads) if g is not None]
-        if there:
-            flat = [(params[i].detach().flatten(), grads[i].to_dense().flatten()) for i in there]
-            pairs = [torch.stack([p.dot(g), g.norm()]) for p, g in flat]
-            products[:, there] = torch.stack(pairs).T.cpu().double()
-            products[1] *= torch.tensor(list(self.norm_of.values()), dtype=torch.float64)
+        if not total.requires_grad:
+            return tuple(torch.zeros(2, len(params), dtype=torch.float64))
+        grads = torch.autograd.grad(total, params, retain_graph=retain, materialize_grads=True)
+        flat = [(p.detach().flatten(), g.to_dense().flatten()) for p, g in zip(params, grads, strict=True)]
+        products = torch.stack([torch.stack([p.dot(g), p.norm() * g.norm()]) for p, g in flat]).T.cpu().double()
         if not products.isfinite().all():
             raise ValueError("the gradients are not finite at a random point near the model's")
         return tuple(products)

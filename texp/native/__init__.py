@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import importlib.machinery
 import importlib.util
 import os
 import platform
@@ -57,10 +56,8 @@ def load(*, may_build: bool) -> ModuleType | None:
     if build.setting("TEXP_NATIVE") == "0":
         _missing["TEXP_NATIVE"] = _turned_off("TEXP_NATIVE")
         return None
-    if core() is not None:
+    if core() is not None or _has_given_up:
         return core()
-    if _has_given_up:
-        return None
     try:
         return _find_or_build(cache() if may_build else None)
     except BuildError as error:
@@ -75,22 +72,16 @@ def load(*, may_build: bool) -> ModuleType | None:
         return None
 
 
-def build_ahead() -> Path:
-    """Builds the core if necessary, as :func:`load` does, but also if that has failed before.
-
-    It is put where texp is installed, for all users, or if that is read-only, where the first use would put it.
-    Returns the path of the library. Raises BuildError, and ValueError as `load`.
-    """
-    if build.setting("TEXP_NATIVE") == "0":
-        raise BuildError(_turned_off("TEXP_NATIVE"))
-    root = build.PACKAGE / build.CORES if os.access(build.PACKAGE, os.W_OK) else cache()
-    return Path(_find_or_build(root, again=True).__file__)
-
-
 def main() -> int:
-    """The command `texp build`: prints the path of the core and returns the exit code."""
+    """The command `texp build`: builds the core if necessary, also if that has failed before; prints its path and
+    returns the exit code. It is put where texp is installed, for all users, or if that is read-only, where the first
+    use would put it.
+    """
     try:
-        print(build_ahead())
+        if build.setting("TEXP_NATIVE") == "0":
+            raise BuildError(_turned_off("TEXP_NATIVE"))
+        root = build.PACKAGE / build.CORES if os.access(build.PACKAGE, os.W_OK) else cache()
+        print(_find_or_build(root, again=True).__file__)
     except (BuildError, ValueError) as error:
         print(f"texp: the C++ core cannot be built: {error}", file=sys.stderr)
         return 1
@@ -110,38 +101,36 @@ def _turned_off(variable: str) -> str:
 
 
 def _find_or_build(root: Path | None, *, again: bool = False) -> ModuleType:
-    """The core, loaded.
-
-    Args:
-        root: the folder to build it in; None: do not build.
-        again: retry what has failed before.
-    """
+    """The core, loaded; built in the folder `root`, unless that is None; `again`: also if that has failed before."""
     wanted = build.setting("TEXP_CUDA")
     if wanted == "0":
         _missing["TEXP_CUDA"] = _turned_off("TEXP_CUDA")
-    variants = {"auto": [True, False], "1": [True], "0": [False]}[wanted]  # with the CUDA kernel, or without it
-    for with_cuda in variants:
-        name = build.core_name(with_cuda)
-        folders = _folders(name)
-        if (module := _load_from(folders)) is not None:
-            return module
-        try:
-            build.tools(with_cuda)
-            if not again:
-                _check_failed_before(folders, with_cuda)
-            if root is None:
-                raise _NotYetError(f"it is not built yet: the first use does it, or `texp build` ({EXPECTED_TIME})")
-            return _build(root, name, with_cuda, again)
-        except BuildError as error:
-            # It may exist, or be possible to build, without the kernel.
-            if with_cuda is variants[-1] or isinstance(error, _NotYetError):
-                raise
-            _missing["TEXP_CUDA"] = str(error)
-    raise AssertionError("the last variant returns or raises")
+        return _variant(root, False, again)
+    try:
+        return _variant(root, True, again)
+    except BuildError as error:
+        if wanted == "1" or isinstance(error, _NotYetError):
+            raise
+        _missing["TEXP_CUDA"] = str(error)
+    return _variant(root, False, again)  # it may exist, or be possible to build, without the kernel
 
 
 class _NotYetError(BuildError):
     pass
+
+
+def _variant(root: Path | None, with_cuda: bool, again: bool) -> ModuleType:
+    """The core with the CUDA kernel, or without it."""
+    name = build.core_name(with_cuda)
+    folders = _folders(name)
+    if (module := _load_from(folders)) is not None:
+        return module
+    build.tools(with_cuda)
+    if not again:
+        _check_failed_before(folders, with_cuda)
+    if root is None:
+        raise _NotYetError(f"it is not built yet: the first use does it, or `texp build` ({EXPECTED_TIME})")
+    return _build(root, name, with_cuda, again)
 
 
 def _folders(name: str) -> list[Path]:
@@ -163,9 +152,9 @@ def _load_from(folders: Iterable[Path]) -> ModuleType | None:
 
 
 def _import(path: Path) -> ModuleType:
-    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(MODULE, loader))
-    loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     sys.modules[MODULE] = module
     return module
 
@@ -189,11 +178,11 @@ def _build(root: Path, name: str, with_cuda: bool, again: bool) -> ModuleType:
             try:
                 return _import(build.build(root, with_cuda))
             except CompileError as error:
-                raise _failure(folder, str(error)) from None
+                why = str(error)
             except ImportError as error:
                 why = f"it was built but does not load: {error}"
                 build.note_failure(folder, with_cuda, why)
-                raise _failure(folder, why) from None
+            raise _failure(folder, why)
     except (OSError, NotImplementedError) as error:  # the latter if the file system has no locks
         raise BuildError(
             f"{root} cannot be used ({getattr(error, 'strerror', None) or error}); set TORCH_EXTENSIONS_DIR to a "

@@ -5,8 +5,8 @@ of a core's folder says what the core was built for and from, so that cores for 
 or of different sources, lie side by side and are never confused.
 """
 
+import contextlib
 import hashlib
-import importlib
 import importlib.util
 import json
 import os
@@ -22,14 +22,10 @@ from typing import TextIO
 
 PACKAGE = Path(__file__).absolute().parent.parent
 
+# In an installed package inside it, in a checkout (perhaps behind a link) beside it.
 SOURCES = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.resolve().parent / "csrc"
-"""In an installed package inside it, in a checkout (perhaps behind a link) beside it."""
-
-CORES = "_native"
-"""The folder, in the package, of the folders of cores."""
-
+CORES = "_native"  # the folder, in the package, of the folders of cores
 SCRATCH = "building-"  # prefix of temporary folders
-
 CORE_FILE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 CPP_SOURCES = ("bindings.cpp", "cpu/kernels.cpp")
@@ -38,15 +34,14 @@ WITH_CUDA = "TEXP_WITH_CUDA"  # macro: the CUDA kernel will be linked
 
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # torch's threads are OpenMP's
-FLAGS += [*OPENMP, *(["-fno-plt"] if OPENMP else [])]
+FLAGS += [*OPENMP, "-fno-plt"] if OPENMP else []
 
 # For nvcc. Host and device must compute the same bits, so products and sums are fused only where row.h says so.
 CUDA_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "80;90a;100+PTX"
 CUDA_LIBRARIES = ["rt", "pthread", "dl"]  # for CUDA's static runtime
 
-PARTS = {"TEXP_NATIVE": "the C++ core", "TEXP_CUDA": "the CUDA kernel"}
-"""By the environment variable that controls them."""
+PARTS = {"TEXP_NATIVE": "the C++ core", "TEXP_CUDA": "the CUDA kernel"}  # by the variables that control them
 
 _LEFT_OUT = "left_out.txt"  # in the package's folder of cores
 _FAILED = "failed.json"  # in the folder of a core
@@ -59,8 +54,7 @@ class BuildError(Exception):
 class CompileError(BuildError):
     """A compiler, linker or nvcc failed."""
 
-    passing = False
-    """Whether a retry may succeed."""
+    passing = False  # whether a retry may succeed
 
 
 class SettingError(ValueError):
@@ -109,18 +103,14 @@ def core_name(with_cuda: bool) -> str:
     """
     import torch
 
-    return core_name_for(
-        torch.__version__, torch.version.git_version, torch.compiled_with_cxx11_abi(), CORE_FILE, with_cuda
-    )
+    of_torch = torch.__version__, torch.version.git_version, torch.compiled_with_cxx11_abi()
+    return core_name_for(*of_torch, CORE_FILE, with_cuda)
 
 
 def core_name_for(version: str, git_version: str, cxx11_abi: bool, file: str, with_cuda: bool) -> str:
     """The same for any torch, and the CORE_FILE of any Python."""
-    made_from = [git_version, cxx11_abi, FLAGS, _sanitizers()]
-    gpus = ""
-    if with_cuda:
-        made_from += [CUDA_FLAGS, CUDA_ARCHS]
-        gpus = "" if archs() == CUDA_ARCHS.split(";") else "_".join(["", *archs()])
+    made_from = [git_version, cxx11_abi, FLAGS, _sanitizers(), *([CUDA_FLAGS, CUDA_ARCHS] if with_cuda else [])]
+    gpus = "_".join(["", *archs()]) if with_cuda and archs() != CUDA_ARCHS.split(";") else ""
     digest = hashlib.sha256(repr(made_from).encode())
     for path in sorted(path for path in SOURCES.rglob("*") if path.suffix in (".h", ".cpp", ".cu")):
         digest.update(str(path.relative_to(SOURCES)).encode() + path.read_bytes())
@@ -131,8 +121,7 @@ def core_name_for(version: str, git_version: str, cxx11_abi: bool, file: str, wi
 def compiler() -> str:
     """The path of the C++ compiler, from CXX or else c++; raises BuildError if there is none."""
     name = (os.environ.get("CXX", "").split() or ["c++"])[0]
-    path = shutil.which(name)
-    if path is None:
+    if (path := shutil.which(name)) is None:
         raise BuildError(f"there is no C++ compiler {name!r}")
     return path
 
@@ -173,9 +162,8 @@ def tools(with_cuda: bool) -> str:
 
 
 def build(root: Path, with_cuda: bool) -> Path:
-    """Compiles the core into root/core_name(with_cuda) and returns the path of the library.
-
-    The library appears there only when it is complete. The output of the compilers is in build.log beside it.
+    """Compiles the core into root/core_name(with_cuda) and returns the path of the library, which appears there only
+    when it is complete. The output of the compilers is in build.log beside it.
 
     Raises BuildError if a compiler or torch is missing; CompileError, with the compiler's first error, which is
     recorded for `failed_before` unless it is passing; OSError if `root` is not writable.
@@ -193,8 +181,7 @@ def build(root: Path, with_cuda: bool) -> Path:
             code = "import runpy, sys; runpy.run_path(sys.argv[1])['compile_core'](*sys.argv[2:])"
             command = [sys.executable, "-c", code, str(Path(__file__).absolute()), str(SOURCES), scratch, *objects]
             path = [entry for entry in sys.path if entry and isinstance(entry, str)]  # as Python does
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-            run(command, log, cwd=scratch, env=environment)
+            run(command, log, cwd=scratch, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)})
         except CompileError as error:
             if not error.passing:
                 note_failure(folder, with_cuda, str(error))
@@ -222,11 +209,9 @@ def compile_core(sources: str, to: str, *objects: str) -> None:
     from setuptools import Distribution
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    try:
-        import ninja
-    except ImportError:
-        pass  # torch then compiles one file at a time
-    else:  # the virtual environment need not be activated
+    with contextlib.suppress(ImportError):  # torch then compiles one file at a time
+        import ninja  # whose virtual environment need not be activated
+
         os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", os.defpath)))
     if not os.environ.get("CXX", "").split():
         os.environ.pop("CXX", None)  # torch would run an empty command
@@ -279,9 +264,7 @@ def archs() -> list[str]:
 
 
 def _arch_flags(nvcc: str) -> list[str]:
-    """Default architectures that nvcc is too old for are left out; newer GPUs compile the PTX of the newest that is
-    left.
-    """
+    """Without the default architectures that nvcc is too old for; newer GPUs compile the PTX of the newest left."""
     wanted = [arch.partition("+")[::2] for arch in archs()]
     if not os.environ.get("TEXP_CUDA_ARCHS"):
         known = re.findall(r"\d+", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout)

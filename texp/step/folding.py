@@ -3,7 +3,8 @@
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from texp import backends, theory
 from texp.backends.memory import PLAIN
-from texp.backends.reference import Entry
+from texp.backends.reference import Entry, in_parts
 from texp.step import buffers, checks, groups
 from texp.theory import Row, Scale
 from texp.torch_internals import foreach_copy_
@@ -31,13 +32,10 @@ class _Item(NamedTuple):
     unfold: Row
 
 
-_Part = tuple[_Item, Entry | None, Entry | None]  # what it was before it was folded, and what it is now
-
-
 def fold(optimizer: Any) -> None:
     """Turns the weights and momentum of all groups into θ and v, and their gradients into those at θ, in place."""
-    items, work = _work(optimizer, _items(optimizer), "fold")
-    backends.apply(optimizer._stepper, work, lambda left: _check([items[i] for i in left], [work[i] for i in left]))
+    work = _work(optimizer, _items(optimizer), "fold")
+    backends.apply(optimizer._stepper, [job[1:] for job in work], lambda left: _check(work[i] for i in left))
     _set_scales(optimizer, [(group, Scale()) for group in optimizer.param_groups])
 
 
@@ -48,7 +46,7 @@ class Folded:
         self._optimizer = optimizer
         self._scales = [(group, groups.scale_of(group)) for group in optimizer.param_groups]
         self._items = _items(optimizer)
-        self._saved = [_copy(_entry(optimizer, item)) for item in self._items]
+        self._saved = list(map(_copy, _entries(optimizer, self._items)))
         fold(optimizer)
 
     def restore(self) -> None:
@@ -56,16 +54,15 @@ class Folded:
         and v. Raises, and changes nothing, if it cannot.
         """
         items = [*self._items, *self._added()]
-        _check(*_work(self._optimizer, items, "unfold"))
-        saved = self._saved + [None] * (len(items) - len(self._saved))
-        for batch in _batches(zip(items, saved, _entries(self._optimizer, items), strict=True)):
+        _check(_work(self._optimizer, items, "unfold"))
+        each = zip_longest(items, self._saved, _entries(self._optimizer, items))
+        there = ((item, saved, now) for item, saved, now in each if now is not None)
+        for batch in in_parts(there, lambda part: part[-1].param.numel(), _BATCH):
             again = [_copy(saved) for _, saved, _ in batch]
             work = [(item.fold, entry) for (item, *_), entry in zip(batch, again, strict=True) if entry]
             backends.apply(self._optimizer._stepper, work)
             unchanged = []
             for (item, saved, now), folded in zip(batch, again, strict=True):
-                if now is None:
-                    continue
                 if saved is not None and _same(now, folded):
                     unchanged += [pair for pair in zip(now, saved, strict=True) if pair[0] is not None]
                 else:
@@ -88,16 +85,12 @@ class Folded:
         same_param = _equal(now.param, folded.param)
         same_buf = None if now.buf is None else _equal(now.buf, folded.buf) & same_param
         backends.apply(self._optimizer._stepper, [(item.unfold, now)])
-        _put_back(now.param, saved.param, same_param)
-        _put_back(now.buf, saved.buf, same_buf)
+        for x, before, same in ((now.param, saved.param, same_param), (now.buf, saved.buf, same_buf)):
+            if x is not None and before is not None and _alike(x, before):
+                x.copy_(torch.where(same, before, x))
 
 
 _NOTHING = Entry(None)
-
-
-def _put_back(now: Tensor | None, saved: Tensor | None, where: Tensor | None) -> None:
-    if now is not None and saved is not None and _alike(now, saved):
-        now.copy_(torch.where(where, saved, now))
 
 
 def _items(optimizer: Any) -> list[_Item]:
@@ -117,24 +110,23 @@ def _items(optimizer: Any) -> list[_Item]:
 
 
 def _of_params(index: int, params: list[Tensor], scale: Scale) -> list[_Item]:
-    weight = theory.fold_row(scale), theory.unfold_row(scale)
-    gradient = Row(s_p=scale.P), Row(s_p=1 / scale.P)
-    kinds = (("weight", *weight), ("gradient", *gradient))
-    return [_Item(index, lambda p=p: p, *kind) for kind in kinds for p in params]
+    weight = "weight", theory.fold_row(scale), theory.unfold_row(scale)
+    gradient = "gradient", Row(s_p=scale.P), Row(s_p=1 / scale.P)
+    return [_Item(index, lambda p=p: p, *kind) for kind in (weight, gradient) for p in params]
 
 
-def _work(optimizer: Any, items: list[_Item], way: str) -> tuple[list[_Item], list[tuple[Row, Entry]]]:
-    """The items that exist, and their rows; a gradient that parameters share is taken once."""
-    there = [(item, entry) for item, entry in zip(items, _entries(optimizer, items), strict=True) if entry]
-    return [item for item, _ in there], [(getattr(item, way), entry) for item, entry in there]
+def _work(optimizer: Any, items: list[_Item], way: str) -> list[tuple[int, Row, Entry]]:
+    """The group, the row and the tensors of the items that exist; a gradient that parameters share is taken once."""
+    each = zip(items, _entries(optimizer, items), strict=True)
+    return [(item.index, getattr(item, way), entry) for item, entry in each if entry]
 
 
-def _check(items: list[_Item], work: list[tuple[Row, Entry]]) -> None:
+def _check(work: Iterable[tuple[int, Row, Entry]]) -> None:
     """Raises if a tensor cannot be written to."""
-    for item, (row, entry) in zip(items, work, strict=True):
+    for index, row, entry in work:
         if not _is_surely_writable(entry):  # the full check takes longer than folding
-            checks.check_tensors(item.index, entry)
-            checks.check_row(item.index, row, entry)
+            checks.check_tensors(index, entry)
+            checks.check_row(index, row, entry)
 
 
 def _is_surely_writable(entry: Entry) -> bool:
@@ -198,26 +190,16 @@ def exposed(optimizer: Any) -> list[dict[str, Any]]:
     return [] if zero is None else zero.param_groups
 
 
-def _entry(optimizer: Any, item: _Item) -> Entry | None:
-    tensor = item.find()
-    if item.what == "gradient":
-        tensor = tensor.grad
-    if tensor is None:
-        return None
-    return Entry(tensor, buf=buffers.buf_of(optimizer.state, tensor) if item.what == "weight" else None)
-
-
 def _entries(optimizer: Any, items: list[_Item]) -> list[Entry | None]:
     """What each item is now; None also for a gradient that is in the list already: parameters may share one."""
     entries, gradients = [], set()
     for item in items:
-        entry = _entry(optimizer, item)
-        if entry is not None and item.what == "gradient":
-            if id(entry.param) in gradients:
-                entry = None
-            else:
-                gradients.add(id(entry.param))
-        entries.append(entry)
+        tensor = item.find()
+        if item.what == "gradient":
+            tensor = None if id(tensor.grad) in gradients else tensor.grad
+            gradients.add(id(tensor))
+        buf = buffers.buf_of(optimizer.state, tensor) if item.what == "weight" else None
+        entries.append(None if tensor is None else Entry(tensor, buf=buf))
     return entries
 
 
@@ -244,19 +226,6 @@ def _equal(a: Tensor, b: Tensor | None) -> Tensor:
 def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether their elements can be compared."""
     return a.layout == b.layout == torch.strided and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-
-
-def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    batch, elements = [], 0
-    for part in parts:
-        numel = 0 if part[1] is None else part[1].param.numel()
-        if batch and elements + numel > _BATCH:
-            yield batch
-            batch, elements = [], 0
-        batch.append(part)
-        elements += numel
-    if batch:
-        yield batch
 
 
 def _set_scales(optimizer: Any, scales: list[tuple[dict[str, Any], Scale]]) -> None:

@@ -175,10 +175,8 @@ class NormStats(dict):
     def _of_copied(self, group: dict[str, Any]) -> list[NormStat]:
         """The statistics of a group with the same parameters, if this group is a copy of it."""
         params = list(map(id, group["params"]))
-        copied = (other for other, _ in self.values() if params and list(map(id, other["params"])) == params)
-        if (other := next(copied, None)) is None:
-            return []
-        self.put(group, self.of(other))
+        copied = (stats for of, stats in self.values() if params and list(map(id, of["params"])) == params)
+        self.put(group, next(copied, []))
         return self.of(group)
 
 
@@ -186,15 +184,13 @@ def _found(index: int, stats: list[NormStat]) -> list[tuple[Tensor, float]]:
     tensors = [(stat.find(), float(stat.power)) for stat in stats]
     for (tensor, _), stat in zip(tensors, stats, strict=True):
         if not _is_statistic(tensor):
-            raise ValueError(
-                f"parameter group {index}: {stat.name}, one of norm_stats, "
-                + (
+            why = f"is {_described(tensor)} and cannot be scaled"
+            if tensor is None:
+                why = (
                     "can no longer be found: the model has replaced it. Give the group's norm_stats anew, named by "
                     "their modules, as (module, 'running_mean', power); texp.param_groups does"
-                    if tensor is None
-                    else f"is {_described(tensor)} and cannot be scaled"
                 )
-            )
+            raise ValueError(f"parameter group {index}: {stat.name}, one of norm_stats, {why}")
     return tensors
 
 
