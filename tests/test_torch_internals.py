@@ -39,8 +39,10 @@ def without():
 
 
 def test_hooks_are_always_expected(without):
-    assert without.global_step_pre_hooks and without.global_step_post_hooks
-    assert not torch_internals.global_step_pre_hooks and not torch_internals.global_step_post_hooks
+    assert without.global_step_pre_hooks
+    assert without.global_step_post_hooks
+    assert not torch_internals.global_step_pre_hooks
+    assert not torch_internals.global_step_post_hooks
     hook = torch_optimizer.register_optimizer_step_post_hook(lambda *arguments: None)
     try:
         assert torch_internals.global_step_post_hooks
