@@ -91,7 +91,8 @@ py::dict layout() {
   TEXP_STRUCT(GroupEntry, F(lr) F(momentum) F(dampening) F(weight_decay) F(scale) F(begin) F(end) F(in) F(nesterov)
                               F(maximize) F(scale_invariant) F(without_buffers))
   TEXP_STRUCT(DeviceScale, F(P) F(kappa) F(exponent) F(momentum_initialized))
-  TEXP_STRUCT(DeviceStep, F(grad_scale) F(found_inf) F(momentum_initialized) F(rows) F(skip))
+  TEXP_STRUCT(DeviceStep, F(grad_scale) F(found_inf) F(norm) F(max_norm) F(skips_nonfinite)
+                              F(momentum_initialized) F(rows) F(skip))
 #undef F
 #undef TEXP_STRUCT
 #undef TEXP_FIELD

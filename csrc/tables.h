@@ -95,10 +95,20 @@ struct GroupEntry {
   bool without_buffers;  // no tensor of it had one when the step was launched: it is the group's first
 };
 
+// What `reduce` makes of each tensor.
+enum class Reduction : uint8_t {
+  squares,         // ‖p‖² and ‖g‖²
+  grad_squares,    // ‖g‖², without reading p
+  grad_max,        // max |g|, likewise; NaN where an element is NaN
+};
+
 // What `advance` reads and writes besides, all in device memory.
 struct DeviceStep {
   const float* grad_scale;        // what the loss was multiplied by; null: 1
   const float* found_inf;         // not 0: nothing is changed; null: as 0
+  const double* norm;             // of all gradients, which are multiplied by clip_factor; null: they are not
+  double max_norm;
+  bool skips_nonfinite;           // nothing is changed either where the norm is not finite
   uint8_t* momentum_initialized;  // by slot: whether the tensor has taken its first step with momentum
   Row<double>* rows;              // written, one for each tensor
   int32_t* skip;                  // written: 1 where `apply` is to change nothing, else 0

@@ -7,6 +7,8 @@ from texp import theory
 STEP, IDLE, STATISTIC = range(3)  # RowKind
 HOST, FLOAT32, FLOAT64 = range(3)  # Number::In
 
+SQUARES, GRAD_SQUARES, GRAD_MAX = range(3)  # Reduction
+
 # In the order of Dtype. A tensor's byte has that of p in bits 0 and 1, of g in 2 and 3, and of b in 4 and 5.
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -43,8 +45,8 @@ class GroupEntry(Structure):
 
 class DeviceStep(Structure):
     _fields_ = [
-        ("grad_scale", c_void_p), ("found_inf", c_void_p), ("momentum_initialized", c_void_p), ("rows", c_void_p),
-        ("skip", c_void_p),
+        ("grad_scale", c_void_p), ("found_inf", c_void_p), ("norm", c_void_p), ("max_norm", c_double),
+        ("skips_nonfinite", c_bool), ("momentum_initialized", c_void_p), ("rows", c_void_p), ("skip", c_void_p),
     ]  # fmt: skip
 
 

@@ -22,13 +22,21 @@ const char* texp_cuda_apply(int device, void* stream, const texp::TensorEntry* t
 const char* texp_cuda_advance(int device, void* stream, const texp::GroupEntry* groups, int64_t n_groups,
                               const texp::RowRequest* requests, int64_t n, const texp::DeviceStep& step);
 
-// sums[2·i] = ‖p‖² and sums[2·i + 1] = ‖g‖² of tensor i, 0 where there is no g, in float64. The order of all sums is
-// fixed, so every run gives the same bits. `sums` and `workspace` are in device memory.
-const char* texp_cuda_reduce(int device, void* stream, const texp::TensorEntry* tensors, int64_t n, double* sums,
-                             double* workspace);
+// sums[2·i] = ‖p‖² and sums[2·i + 1] = ‖g‖² of tensor i, 0 where there is no g, in float64; of a reduction that does not
+// read p, sums[2·i] is left as it is. The order of all sums is fixed, so every run gives the same bits. `sums` and
+// `workspace` are in device memory.
+const char* texp_cuda_reduce(int device, void* stream, const texp::TensorEntry* tensors, int64_t n,
+                             texp::Reduction reduction, double* sums, double* workspace);
 
 // How many float64 the workspace must hold.
 int64_t texp_cuda_reduce_workspace(const texp::TensorEntry* tensors, int64_t n);
+
+// *norm = the norm of all gradients at θ: those of tensor i, of which `reduce` has left sums[2·i + 1], times the P of
+// the group of request i, divided by *grad_scale (null: 1). reduction: grad_squares or grad_max. Before `advance`, which
+// changes P.
+const char* texp_cuda_norm(int device, void* stream, const texp::GroupEntry* groups, const texp::RowRequest* requests,
+                           int64_t n, texp::Reduction reduction, const double* sums, const float* grad_scale,
+                           double* norm);
 
 // Loads the kernels that a capture may launch: otherwise their first launch does, which a capture does not allow.
 const char* texp_cuda_load(int device);

@@ -68,6 +68,14 @@ TEXP_INLINE double power_of(double growth, double power) {
   return power == 1 ? growth : power == 2 ? growth * growth : std::pow(growth, power);
 }
 
+// What gradients of that norm are multiplied by to have one of max_norm at most, as torch.nn.utils.clip_grad_norm_ has
+// it; NaN where the norm is not finite.
+TEXP_INLINE double clip_factor(double norm, double max_norm) {
+  if (!(norm < HUGE_VAL)) return NAN;
+  const double factor = max_norm / (norm + 1e-6);
+  return factor < 1 ? factor : 1;
+}
+
 // first: no tensor of the group has a momentum buffer yet. grad_scale: what the loss was multiplied by.
 TEXP_INLINE Step advance(const Scale& scale, const Hyperparameters& h, bool first, double grad_scale) {
   const double P2 = scale.P * scale.P;
