@@ -17,7 +17,7 @@ from texp.cli.app import run
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step_time.py"
 
-TORCH = ["torch for-loop", "torch foreach", "torch fused"]
+TORCH = ["torch for-loop", "torch foreach", "torch fused", "torch fused clipped"]
 
 
 def read(path: Path) -> list[dict]:
@@ -36,7 +36,7 @@ def test_the_benchmark(tmp_path, capsys):
     for model, size in sizes.items():
         of_model = [record for record in made if record["model"] == model]
         names = [record["candidate"] for record in of_model]
-        assert names[:3] == TORCH
+        assert names[:4] == TORCH
         assert {"texp reference", "texp reference exponential"} <= set(names)
         core = backends.available()["cpu"] == backends.OK
         assert ("texp cpu" in names) == ("texp cpu exponential" in names) == core
@@ -104,10 +104,11 @@ def test_candidates_are_backends_of_the_device(monkeypatch):
 
     def of_texp(device: str, parameters: int) -> set[str]:
         names = list(step_time.candidates(device, parameters))
-        assert names[:3] == TORCH
-        ordinary = {name for name in names[3:] if not name.endswith((" exponential", " capturable"))}
+        assert names[:4] == TORCH
+        ordinary = {name for name in names[4:] if not name.endswith((" exponential", " capturable", " clipped"))}
         on_device = {f"{name} capturable" for name in ordinary & {"texp cuda", "texp triton"}}
-        assert set(names[3:]) == ordinary | {f"{name} exponential" for name in ordinary} | on_device
+        more = {f"{name} {form}" for name in ordinary for form in ("exponential", "clipped")}
+        assert set(names[4:]) == ordinary | more | on_device
         return ordinary
 
     assert of_texp("cpu", 20_000_000) == {"texp cpu", "texp reference"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from texp.bench.report import FUSED, figures
+from texp.bench.report import CLIPPED, FUSED, figures
 from texp.bench.timing import Times, take_turns
 
 ESTIMATES = 5  # calls of each candidate before the first turn
@@ -97,9 +97,11 @@ def test_the_host_does_not_wait_for_the_device_and_the_total_does():
 
 
 def test_figures():
-    """Four times as fast as torch's fused step is a speed-up of 4."""
+    """Four times as fast as torch's fused step is a speed-up of 4; what clips is compared with what clips."""
     times = {
         FUSED: Times(total=[300e-6, 400e-6, 500e-6], host=[30e-6] * 3),
+        FUSED + CLIPPED: Times(total=[900e-6] * 3, host=[90e-6] * 3),
+        "texp clipped": Times(total=[150e-6] * 3, host=[15e-6] * 3),
         "texp": Times(total=[50e-6, 100e-6, 100e-6, 120e-6, 900e-6], host=[10e-6, 20e-6, 20e-6, 20e-6, 90e-6]),
     }
     made = figures(times, 20_000_000, copy_gb_per_s=250.0, host=True)
@@ -115,4 +117,5 @@ def test_figures():
         "speedup_over_torch_fused": 4.0,
     }
     assert [made[FUSED][name] for name in ("q1_us", "q3_us", "speedup_over_torch_fused")] == [350.0, 450.0, 1.0]
+    assert made["texp clipped"]["speedup_over_torch_fused"] == 6.0
     assert figures(times, 20_000_000, copy_gb_per_s=250.0, host=False)["texp"]["host_us"] is None

@@ -15,7 +15,7 @@ import torch
 
 import texp
 from texp import backends
-from texp.bench.report import FUSED, figures
+from texp.bench.report import CLIPPED, FUSED, figures
 from texp.bench.shapes import MODELS
 from texp.bench.timing import Times, take_turns
 
@@ -24,17 +24,28 @@ _TINY = 100  # elements: for such tensors the time is overhead, not arithmetic o
 _MOST_FOR_REFERENCE = 20_000_000  # parameters
 # A million steps move a parameter by at most ten times its gradient.
 _ARGUMENTS = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
+_MAX_NORM = 1.0
+
+
+class _Clipped(torch.optim.SGD):
+    """Clips the gradients before each step, as a training loop does."""
+
+    def step(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(params, _MAX_NORM, foreach=True)
+        super().step()
 
 
 def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.optim.Optimizer]]:
     """What to time, by name: torch's three implementations and every available backend of texp, with ordinary groups,
-    with exponential groups, and with its scale on the device. The reference, which is not made to be fast, would take
-    most of the time for large models and is left out there.
+    with exponential groups, with its scale on the device, and with clipped gradients. The reference, which is not
+    made to be fast, would take most of the time for large models and is left out there.
     """
     made: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "torch for-loop": partial(torch.optim.SGD, **_ARGUMENTS, foreach=False),
         "torch foreach": partial(torch.optim.SGD, **_ARGUMENTS, foreach=True),
         FUSED: partial(torch.optim.SGD, **_ARGUMENTS, fused=True),
+        FUSED + CLIPPED: partial(_Clipped, **_ARGUMENTS, fused=True),
     }
     for name, reason in backends.available().items():
         backend = backends.ALL[name]
@@ -45,6 +56,7 @@ def candidates(device: str, parameters: int) -> dict[str, Callable[..., torch.op
         made[f"texp {name} exponential"] = partial(of_backend, scale_invariant=True)
         if backend.advances:
             made[f"texp {name} capturable"] = partial(of_backend, capturable=True)
+        made[f"texp {name}{CLIPPED}"] = partial(of_backend, max_norm=_MAX_NORM)
     return made
 
 
