@@ -79,10 +79,11 @@ py::dict layout() {
   TEXP_STRUCT(TensorEntry, F(p) F(g) F(b) F(numel) F(row) F(dtypes))
   TEXP_STRUCT(RowRequest, F(power) F(group) F(slot) F(kind) F(has_buffer) F(newly_allocated))
   TEXP_STRUCT(GroupEntry, F(lr) F(momentum) F(dampening) F(weight_decay) F(scale) F(begin) F(end) F(in) F(nesterov)
-                              F(maximize) F(scale_invariant) F(without_buffers))
+                              F(maximize) F(scale_invariant) F(without_buffers) F(trust))
+  TEXP_STRUCT(Trust, F(coeff) F(eps) F(is_used) F(clips) F(always_adapts))
   TEXP_STRUCT(DeviceScale, F(P) F(kappa) F(exponent) F(momentum_initialized))
   TEXP_STRUCT(DeviceStep, F(grad_scale) F(found_inf) F(norm) F(max_norm) F(skips_nonfinite)
-                              F(momentum_initialized) F(rows) F(skip))
+                              F(momentum_initialized) F(rows) F(skip) F(sums))
 #undef F
 #undef TEXP_STRUCT
 #undef TEXP_FIELD

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "math/row.h"
+#include "math/scale.h"
 
 namespace texp {
 
@@ -93,6 +93,7 @@ struct GroupEntry {
   Number::In in[4];        // where the numbers are
   bool nesterov, maximize, scale_invariant;
   bool without_buffers;  // no tensor of it had one when the step was launched: it is the group's first
+  Trust trust;
 };
 
 // What `reduce` makes of each tensor.
@@ -112,8 +113,9 @@ struct DeviceStep {
   uint8_t* momentum_initialized;  // by slot: whether the tensor has taken its first step with momentum
   Row<double>* rows;              // written, one for each tensor
   int32_t* skip;                  // written: 1 where `apply` is to change nothing, else 0
+  const double* sums;             // ‖p‖² and ‖g‖² of each tensor, if any group has a Trust
 };
 
-static_assert(sizeof(TensorEntry) == 40 && sizeof(RowRequest) == 24 && sizeof(DeviceScale) == 32 && sizeof(GroupEntry) == 56);
+static_assert(sizeof(TensorEntry) == 40 && sizeof(RowRequest) == 24 && sizeof(DeviceScale) == 32 && sizeof(GroupEntry) == 80);
 
 }  // namespace texp

@@ -35,11 +35,18 @@ class DeviceScale(Structure):
     _fields_ = [("P", c_double), ("kappa", c_double), ("exponent", c_int64), ("momentum_initialized", c_int64)]
 
 
+class Trust(Structure):
+    _fields_ = [
+        ("coeff", c_double), ("eps", c_double), ("is_used", c_bool), ("clips", c_bool), ("always_adapts", c_bool),
+        ("unused", c_uint8 * 5),
+    ]  # fmt: skip
+
+
 class GroupEntry(Structure):
     _fields_ = [
         ("lr", Number), ("momentum", Number), ("dampening", Number), ("weight_decay", Number), ("scale", c_void_p),
         ("begin", c_int32), ("end", c_int32), ("in", c_uint8 * 4), ("nesterov", c_bool), ("maximize", c_bool),
-        ("scale_invariant", c_bool), ("without_buffers", c_bool),
+        ("scale_invariant", c_bool), ("without_buffers", c_bool), ("trust", Trust),
     ]  # fmt: skip
 
 
@@ -47,6 +54,7 @@ class DeviceStep(Structure):
     _fields_ = [
         ("grad_scale", c_void_p), ("found_inf", c_void_p), ("norm", c_void_p), ("max_norm", c_double),
         ("skips_nonfinite", c_bool), ("momentum_initialized", c_void_p), ("rows", c_void_p), ("skip", c_void_p),
+        ("sums", c_void_p),
     ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     ("texp.backends",),
     ("texp.step",),
     ("texp.optimizer", "texp.invariance"),
-    ("texp.sgd", "texp.integrations"),
+    ("texp.sgd", "texp.lars", "texp.integrations"),
     ("texp.clipping",),
     ("texp",),  # the package itself: what users see
     ("texp.bench",),

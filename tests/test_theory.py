@@ -37,6 +37,7 @@ hypers = st.builds(
     nesterov=st.booleans(),
     maximize=st.booleans(),
     scale_invariant=st.booleans(),
+    trust=st.none(),
 )
 numbers = st.floats(-1, 1, allow_subnormal=False)
 steps = st.lists(st.tuples(hypers, st.none() | numbers), min_size=1, max_size=60)

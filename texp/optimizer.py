@@ -63,12 +63,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Args:
         params: as for any torch optimizer.
-        defaults: options of a group: lr, momentum, dampening, weight_decay and nesterov, from which texp.theory makes
-            the rows of a step; maximize, foreach, differentiable and fused, as torch has them; and others. A subclass
-            that allows `differentiable` has a :meth:`_differentiable_step`.
+        defaults: options of a group: lr, momentum, dampening, weight_decay and nesterov, and for trust ratios
+            trust_coeff, eps, trust_clip and always_adapt, from which texp.theory makes the rows of a step; maximize,
+            foreach, differentiable and fused, as torch has them; and others. A subclass that allows `differentiable`
+            has a :meth:`_differentiable_step`.
         backend, capturable, momentum_dtype: as texp.SGD has them.
         clip: how gradients are clipped.
     """
+
+    _needs_sums = False  # whether rows depend on sums over the elements of a tensor, as those of LARS
 
     def __init__(
         self,
@@ -250,8 +253,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        clips_there = self._clip.limit is not None and self._kernels.scale_on
-        if scale is None and found_inf is None and not self.capturable and not clips_there:
+        reduces_there = self._kernels.scale_on and (self._clip.limit is not None or self._needs_sums)
+        if scale is None and found_inf is None and not self.capturable and not reduces_there:
             if self._device is not None:
                 self._leave_device()
             self._skipped = False
@@ -327,10 +330,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._clip.refuse()
         self._skipped = True
 
-    def _check_fallback(self, left: list[tuple]) -> None:
-        """Called by the core with the tensors that it leaves to plain torch; raises where these cannot be stepped."""
+    def _check_fallback(self, left: list[tuple], grad_scale: float) -> None:
+        """Called by the core with the tensors that it leaves to plain torch, and what their rows divide gradients by;
+        raises where these cannot be stepped.
+        """
         self._fallback = Fallback(self._backend, self.param_groups, self.state, self.momentum_dtype)
-        self._fallback.check(left)
+        self._fallback.check(left, grad_scale)
 
     def _find_kernels_if_moved(self, params: Iterable[Tensor]) -> None:
         """Chooses kernels again if parameters have moved to another GPU."""
@@ -343,9 +348,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         on, clip = self._kernels.scale_on, self._clip
         if not self.capturable:
-            only_clips = scale is None and found_inf is None
+            only_reduces = scale is None and found_inf is None
             if clip.error_if_nonfinite or not (
-                only_clips or (isinstance(found_inf, Tensor) and found_inf.device.type == on)
+                only_reduces or (isinstance(found_inf, Tensor) and found_inf.device.type == on)
             ):
                 return False
         if not self.capturable:

@@ -42,6 +42,11 @@ class Row(NamedTuple):
     r_u: float = 0.0
     r_d: float = 0.0
 
+    def with_ratio(self, ratio: float) -> "Row":
+        """That of an ordinary group, whose gradient and decay are multiplied by the ratio."""
+        names = ("a_g", "a_p", "c_g", "c_p")
+        return self._replace(**{name: getattr(self, name) * ratio for name in names})
+
 
 KEEP = Row(a_b=1.0, r_u=1.0)  # leaves p and b as they are
 
@@ -67,6 +72,28 @@ class Scale(NamedTuple):
         return math.log10(self.P) + self.exponent * math.log10(2)
 
 
+class Trust(NamedTuple):
+    """How LARS (You, Gitman and Ginsburg 2017) makes the trust ratio of a tensor; the arguments are those of timm's
+    Lars.
+    """
+
+    coeff: float
+    eps: float = 1e-8
+    clips: bool = False  # as LARC: at most 1 over the learning rate
+    always_adapts: bool = False  # also without weight decay
+
+    def ratio(self, lr: float, weight_decay: float, p_norm: float, g_norm: float) -> float:
+        """What the gradient and the decay of a tensor of these norms are multiplied by."""
+        if weight_decay == 0 and not self.always_adapts:
+            return 1.0
+        ratio = 1.0
+        if p_norm > 0 and g_norm > 0:
+            ratio = self.coeff * p_norm / (g_norm + p_norm * weight_decay + self.eps)
+        if self.clips:
+            ratio = 1.0 if lr == 0 or ratio / lr > 1 else ratio / lr
+        return ratio
+
+
 class Hyperparameters(NamedTuple):
     """What one group of torch.optim.SGD is told for one step, and whether it is scale-invariant."""
 
@@ -77,11 +104,14 @@ class Hyperparameters(NamedTuple):
     nesterov: bool = False
     maximize: bool = False
     scale_invariant: bool = False
+    trust: Trust | None = None
 
     def check(self) -> "Hyperparameters":
-        """Returns itself. Raises ValueError for a number that is not finite, and for a momentum or weight decay
-        below 0; a LR below 0 is let pass, as in torch: schedulers that end at 0 end a little below it."""
+        """Returns itself. Raises ValueError for a number that is not finite, or below 0 where it is no LR or
+        dampening; a LR below 0 is let pass, as in torch: schedulers that end at 0 end a little below it."""
         check_non_negative(momentum=self.momentum, weight_decay=self.weight_decay)
+        if self.trust is not None:
+            check_non_negative(trust_coeff=self.trust.coeff, eps=self.trust.eps)
         for name in ("lr", "dampening"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
@@ -120,7 +150,8 @@ def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_s
         first: no tensor of the group has a momentum buffer yet.
         grad_scale: what the loss was multiplied by (AMP); the rows divide by it.
 
-    Raises ValueError as `Hyperparameters.check`. The theorem's range is not needed.
+    Raises ValueError as `Hyperparameters.check`, and for LARS in exponential form. The theorem's range is not needed.
+    Of LARS these are the rows of tensors whose trust ratio is 1.
 
     With ĝ = g + λθ, torch.optim.SGD computes v ← keep·v + enter·ĝ and θ ← θ − η(direct·ĝ + through·v), where
 
@@ -137,6 +168,8 @@ def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_s
     with lr = 0 leaves κ at 0: torch.distributed.checkpoint takes one to make the buffers into which it then loads v.
     """
     hyper.check()
+    if hyper.trust is not None and (hyper.scale_invariant or scale != Scale()):
+        raise ValueError("LARS takes no group in exponential form, whose weights are as large as its schedule says")
     lr, momentum, weight_decay = hyper.lr, hyper.momentum, hyper.weight_decay
     P, kappa = scale.P, scale.kappa
     heavy_ball = momentum != 0 and not hyper.nesterov

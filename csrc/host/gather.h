@@ -96,6 +96,9 @@ class Gather {
     double power;  // of a statistic
   };
 
+  // Sums of a list's tensors, as reduce leaves them.
+  using Sums = std::vector<std::pair<TensorList*, at::Tensor>>;
+
   explicit Gather(py::object check_scale) : reader_(std::move(check_scale)) {}
 
   Rows rows;
@@ -107,6 +110,7 @@ class Gather {
   std::vector<GroupEntry> groups;      // with rows on a device
   std::vector<RowRequest> requests;
   std::vector<PyObject*> started;      // groups without parameters that take a step with momentum there
+  bool has_trust = false;    // a group's rows depend on the norms of its tensors
   bool is_averaged = false;  // a group in exponential form has the LR of SWALR: somebody averages its weights
   bool is_held = false;  // everything is kept alive, so that Python code may run
 
@@ -176,6 +180,23 @@ class Gather {
     grad_scale_ /= factor;
     make_rows();
   }
+
+  // Gives the tensors of groups with trust ratios, which have rows of their own, those that follow from their sums.
+  void multiply_by_trust(const Sums& sums) {
+    for (const auto& [list, of_list] : sums) {
+      const double* const of = of_list.const_data_ptr<double>();
+      for (int64_t i = 0; i < list->size(); ++i) {
+        const int32_t row = list->entries()[i].row;
+        const Hyperparameters& h = updates[row_sources[row].update].h;
+        if (!h.trust.is_used) continue;
+        const double ratio = trust_ratio(h, std::sqrt(of[2 * i]), std::sqrt(of[2 * i + 1]) / std::abs(grad_scale_));
+        rows.set(row, with_ratio(rows.wide[row], ratio));
+      }
+    }
+  }
+
+  // What gradients are divided by.
+  double grad_scale() const { return grad_scale_; }
 
   // Of the group that a row is for.
   const Scale& scale_of(int32_t row) const { return updates[row_sources[row].update].scale; }
@@ -258,7 +279,7 @@ class Gather {
     grads_of_fallback_.clear();
     usual_list_ = nullptr;
     slot_ = 0;
-    is_held = is_averaged = false;
+    is_held = is_averaged = has_trust = false;
   }
 
   void gather_groups(bool on_slow_path) {
@@ -292,6 +313,9 @@ class Gather {
     const bool scale_invariant = reader_.flag(options[Key::scale_invariant]);
     const bool on_device = device_ != nullptr;
     if (!on_device && !scale_invariant && stored.P == nullptr) return gather_ordinary(index, options, list);
+    if (options[Key::trust_coeff] != nullptr && (scale_invariant || stored.P != nullptr))
+      throw py::value_error("parameter group " + std::to_string(index) +
+                            ": LARS takes no group in exponential form, whose weights are as large as its schedule says");
     params_.clear();
     bool steps = false, all = true;
     for (PyObject* object : list) {
@@ -315,7 +339,10 @@ class Gather {
     const bool is_ordinary = !scale_invariant && scale.P == 1 && scale.kappa == 0;
     if (is_ordinary && is_empty) return;
     GroupEntry entry{};
-    if (on_device) read_hyperparameters(options, index, entry);
+    if (on_device) {
+      read_hyperparameters(options, index, entry);
+      has_trust = has_trust || entry.trust.is_used;
+    }
     const bool has_momentum = on_device ? entry.in[1] != Number::In::host || entry.momentum.value != 0
                                         : reader_.hyperparameters(options, index).momentum != 0;
     bool without_buffers = !is_empty || !(reader_.flag(options[Key::started]) || scale != Scale{});
@@ -354,7 +381,7 @@ class Gather {
 
   // With rows on the host, in one pass: no row depends on what comes behind its tensor.
   void gather_ordinary(Py_ssize_t index, const Options& options, std::span<PyObject*> list) {
-    bool has_momentum = false;
+    bool has_momentum = false, own_rows = false;
     int32_t update = -1;  // until the first gradient: without one the group does not step
     for (PyObject* object : list) {
       Param param;
@@ -364,10 +391,12 @@ class Gather {
         const Hyperparameters& h = reader_.hyperparameters(options, index);
         has_momentum = h.momentum != 0;
         update = update_of(h, Scale{}, false);
+        own_rows = h.trust.is_used;
+        has_trust = has_trust || own_rows;
       }
       if (has_momentum) param.buf = reader_.buffer(param);
       const Kind kind = kind_of(param, has_momentum);
-      take(index, param, kind, row_of(update, kind));
+      take(index, param, kind, own_rows ? new_row({update, kind, 0}) : row_of(update, kind));
     }
   }
 
@@ -557,6 +586,7 @@ class Gather {
     entry.nesterov = reader_.flag(options.required(Key::nesterov));
     entry.maximize = reader_.flag(options.required(Key::maximize));
     entry.scale_invariant = reader_.flag(options[Key::scale_invariant]);
+    entry.trust = reader_.trust(options, index);
     Number* const numbers[] = {&entry.lr, &entry.momentum, &entry.dampening, &entry.weight_decay};
     for (int i = 0; i < 4; ++i) {
       const Key key = Key(static_cast<int>(Key::lr) + i);

@@ -34,6 +34,10 @@ enum class Key : uint8_t {
   nesterov,
   maximize,
   scale_invariant,
+  trust_coeff,  // LARS; the next three only beside it
+  eps,
+  trust_clip,
+  always_adapt,
   scale,
   scale_exponent,
   carried_decay,
@@ -50,6 +54,7 @@ inline PyObject* name(Key key) {
 #define TEXP_NAME(name) PyUnicode_InternFromString(#name)
       TEXP_NAME(params),          TEXP_NAME(lr),       TEXP_NAME(momentum),        TEXP_NAME(dampening),
       TEXP_NAME(weight_decay),    TEXP_NAME(nesterov), TEXP_NAME(maximize),        TEXP_NAME(scale_invariant),
+      TEXP_NAME(trust_coeff),     TEXP_NAME(eps),      TEXP_NAME(trust_clip),      TEXP_NAME(always_adapt),
       TEXP_NAME(scale),           TEXP_NAME(scale_exponent), TEXP_NAME(carried_decay), TEXP_NAME(norm_stats),
       TEXP_NAME(swa_lr),          TEXP_NAME(started),
 #undef TEXP_NAME
@@ -317,9 +322,19 @@ class Reader {
         .nesterov = flag(options.required(Key::nesterov)),
         .maximize = flag(options.required(Key::maximize)),
         .scale_invariant = flag(options[Key::scale_invariant]),
+        .trust = trust(options, index),
     };
     was_read(options);
     return h_;
+  }
+
+  Trust trust(const Options& options, Py_ssize_t index) const {
+    if (options[Key::trust_coeff] == nullptr) return {};
+    return {.coeff = finite(options, Key::trust_coeff, index),
+            .eps = finite(options, Key::eps, index),
+            .is_used = true,
+            .clips = flag(options.required(Key::trust_clip)),
+            .always_adapts = flag(options.required(Key::always_adapt))};
   }
 
   // Raises ValueError for a hyperparameter that is not finite, or below 0 where it may not be.
@@ -328,7 +343,7 @@ class Reader {
   }
 
   static double checked(double value, Key key, Py_ssize_t index) {
-    const bool at_least_0 = key == Key::momentum || key == Key::weight_decay;
+    const bool at_least_0 = key != Key::lr && key != Key::dampening;
     if (!std::isfinite(value) || (at_least_0 && value < 0)) refuse(index, key, at_least_0 ? " of at least 0" : "", value);
     return value;
   }
@@ -383,7 +398,7 @@ class Reader {
 
  private:
   // How many options the hyperparameters are made of.
-  static constexpr int kNumbers = static_cast<int>(Key::scale_invariant) - static_cast<int>(Key::lr) + 1;
+  static constexpr int kNumbers = static_cast<int>(Key::always_adapt) - static_cast<int>(Key::lr) + 1;
 
   [[noreturn]] static void refuse(Py_ssize_t group, Key key, const char* what, double value) {
     char* text = PyOS_double_to_string(value, 'r', 0, Py_DTSF_ADD_DOT_0, nullptr);

@@ -38,8 +38,8 @@ class Stepper {
 
   // Takes one step of all tensors that the kernels can take.
   //
-  // `check` is called with the list of the others, if it is not empty, before anything is changed; it may raise.
-  // norm_stats: a texp.step.norm_stats.NormStats. momentum_dtype: a torch.dtype or None. clip: None, or see Clip;
+  // `check` is called with the list of the others, if it is not empty, and with what gradients are divided by, before
+  // anything is changed; it may raise. norm_stats: a texp.step.norm_stats.NormStats. momentum_dtype: a torch.dtype or None. clip: None, or see Clip;
   // reduce_rest is then called with pairs of P and gradient of those that the kernels do not take, and returns what they
   // add to the sum of squares, or their maximum, at θ.
   int step(const py::list& groups, const py::dict& norm_stats, const py::dict& state, double grad_scale,
@@ -50,12 +50,15 @@ class Stepper {
     Gather& found = used.gather;
     found.gather(groups, norm_stats, state, grad_scale, momentum_dtype_of(momentum_dtype), cpu_, cuda_);
     if (is_capturing(found)) return kCapturing;
+    Gather::Sums sums = found.has_trust ? reduce(found, Reduction::squares) : Gather::Sums();
     if (const auto limit = clip_of(clip)) {
-      grad_norm = norm(found, limit->reduction, reduce_rest) / grad_scale;
+      const bool has_sums = found.has_trust && limit->reduction == Reduction::grad_squares;
+      grad_norm = norm(found, has_sums ? sums : reduce(found, limit->reduction), limit->reduction, reduce_rest) / grad_scale;
       if (limit->skips_nonfinite && !std::isfinite(grad_norm)) return kNonfinite;
       found.multiply_gradients(clip_factor(grad_norm, limit->max_norm));
     }
-    if (!found.fallback.empty()) check(fallback(found));
+    found.multiply_by_trust(sums);
+    if (!found.fallback.empty()) check(fallback(found), found.grad_scale());
     with_states(found, state, [&] { apply(found); });
     for (const auto& [stored, i, starts] : found.rescaled) {
       const GroupUpdate& update = found.updates[i];
@@ -192,29 +195,36 @@ class Stepper {
       set(made.values.ptr(), momentum_buffer(), py::reinterpret_steal<py::object>(THPVariable_Wrap(made.buf)));
   }
 
-  // Phase 2, with rows on the host: the norm of all gradients at θ, for which the device is waited for.
-  double norm(Gather& found, Reduction reduction, const py::object& reduce_rest) {
-    double total = 0;
-    const bool is_max = reduction == Reduction::grad_max;
-    const auto add = [&](double x) { total = !is_max ? total + x : x > total || std::isnan(x) ? x : total; };
+  // Phase 2, with rows on the host: of all lists, on the host, for which devices are waited for.
+  Gather::Sums reduce(Gather& found, Reduction reduction) {
+    Gather::Sums sums;
     found.for_each_list([&](TensorList& list) {
       if (list.size() == 0) return;
       const py::object& launcher = list.device().is_cuda() ? cuda_.launcher : cpu_.launcher;
       if (launcher || list.releases_gil()) found.hold();
-      at::Tensor sums;
       if (list.releases_gil() && !launcher) {
         const py::gil_scoped_release release;
-        sums = reduce(list, reduction, launcher);
+        sums.emplace_back(&list, texp::reduce(list, reduction, launcher));
       } else {
-        sums = reduce(list, reduction, launcher).cpu();
+        sums.emplace_back(&list, texp::reduce(list, reduction, launcher).cpu());
       }
-      const double* of = sums.const_data_ptr<double>();
-      for (int64_t i = 0; i < list.size(); ++i) {
-        const TensorEntry& entry = list.entries()[i];
+    });
+    return sums;
+  }
+
+  // The norm of all gradients at θ, still scaled.
+  static double norm(Gather& found, const Gather::Sums& sums, Reduction reduction, const py::object& reduce_rest) {
+    double total = 0;
+    const bool is_max = reduction == Reduction::grad_max;
+    const auto add = [&](double x) { total = !is_max ? total + x : x > total || std::isnan(x) ? x : total; };
+    for (const auto& [list, of_list] : sums) {
+      const double* const of = of_list.const_data_ptr<double>();
+      for (int64_t i = 0; i < list->size(); ++i) {
+        const TensorEntry& entry = list->entries()[i];
         const double P = found.scale_of(entry.row).P;
         if (entry.g != nullptr) add(is_max ? P * of[2 * i + 1] : P * P * of[2 * i + 1]);
       }
-    });
+    }
     py::list rest;
     for (const Gather::Fallback& of : found.fallback)
       if (of.param.has_grad()) rest.append(py::make_tuple(found.scale_of(of.row).P, grad_of(of.param)));
@@ -268,7 +278,7 @@ class Stepper {
       found.hold_for_launch(list);
       launcher.attr("step_on_device")(version_on_device(found, list), view_of(list.entries(), list.size()), view_of(found.groups),
                                       view_of(found.requests), on_device.object, grad_scale, found_inf, on_device.capturing,
-                                      clip);
+                                      clip, found.has_trust);
     } else {
       const auto given = [](const py::object& tensor) {
         return tensor.is_none() ? nullptr : THPVariable_Unpack(tensor.ptr()).const_data_ptr<float>();
@@ -282,16 +292,28 @@ class Stepper {
                       .skip = reinterpret_cast<int32_t*>(workspace)};
       const c10::DeviceIndex index = list.device().index();
       void* const stream = this->stream(list);
-      if (const auto limit = clip_of(clip)) {
+      const auto limit = clip_of(clip);
+      double* sums = nullptr;
+      const auto reduce = [&](Reduction reduction) {
+        raise_if(texp_cuda_reduce(index, stream, list.entries(), list.size(), reduction, sums, sums + 2 * n));
+      };
+      if (limit || found.has_trust) {
         const int64_t tiles = texp_cuda_reduce_workspace(list.entries(), list.size());
-        double* const sums = workspace_of(on_device, "norm_workspace", 2 * n + tiles);
+        sums = workspace_of(on_device, "norm_workspace", 2 * n + tiles);
+      }
+      if (limit) {
         double* const norm = THPVariable_Unpack(py::object(on_device.object.attr("norm")).ptr()).mutable_data_ptr<double>();
-        raise_if(texp_cuda_reduce(index, stream, list.entries(), list.size(), limit->reduction, sums, sums + 2 * n));
+        const bool both = found.has_trust && limit->reduction == Reduction::grad_squares;
+        reduce(both ? Reduction::squares : limit->reduction);
         raise_if(texp_cuda_norm(index, stream, found.groups.data(), found.requests.data(), n, limit->reduction, sums,
                                 step.grad_scale, norm));
         step.norm = norm;
         step.max_norm = limit->max_norm;
         step.skips_nonfinite = limit->skips_nonfinite;
+      }
+      if (found.has_trust) {
+        if (!limit || limit->reduction == Reduction::grad_max) reduce(Reduction::squares);
+        step.sums = sums;
       }
       raise_if(texp_cuda_advance(index, stream, found.groups.data(), n_groups, found.requests.data(), n, step));
       raise_if(texp_cuda_apply(index, stream, list.entries(), list.size(), nullptr, step.rows, step.skip));

@@ -22,9 +22,19 @@ struct Scale {
   bool operator==(const Scale&) const = default;
 };
 
+// The arguments of LARS: how the trust ratio of a tensor is made of its norms.
+struct Trust {
+  double coeff = 0, eps = 0;
+  bool is_used = false, clips = false, always_adapts = false;
+  uint8_t unused[5] = {};
+
+  bool operator==(const Trust&) const = default;
+};
+
 struct Hyperparameters {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize, scale_invariant;
+  Trust trust = {};
 
   bool operator==(const Hyperparameters&) const = default;
 };
@@ -74,6 +84,28 @@ TEXP_INLINE double clip_factor(double norm, double max_norm) {
   if (!(norm < HUGE_VAL)) return NAN;
   const double factor = max_norm / (norm + 1e-6);
   return factor < 1 ? factor : 1;
+}
+
+// What the gradient and the decay of a tensor are multiplied by. g_norm: of the unscaled, clipped gradient.
+TEXP_INLINE double trust_ratio(const Hyperparameters& h, double p_norm, double g_norm) {
+  const Trust& trust = h.trust;
+  if (!trust.is_used || (h.weight_decay == 0 && !trust.always_adapts)) return 1;
+  double ratio = 1;
+  if (p_norm > 0 && g_norm > 0) ratio = trust.coeff * p_norm / (g_norm + p_norm * h.weight_decay + trust.eps);
+  if (trust.clips) {
+    ratio = h.lr == 0 ? 1 : ratio / h.lr;
+    if (ratio > 1) ratio = 1;
+  }
+  return ratio;
+}
+
+// The row of an ordinary group whose gradient and decay are multiplied by the ratio.
+TEXP_INLINE Row<double> with_ratio(Row<double> row, double ratio) {
+  row.a_g *= ratio;
+  row.a_p *= ratio;
+  row.c_g *= ratio;
+  row.c_p *= ratio;
+  return row;
 }
 
 // first: no tensor of the group has a momentum buffer yet. grad_scale: what the loss was multiplied by.

@@ -27,9 +27,15 @@ class Fallback:
     work: list[tuple[tuple[bool | None, Row], Entry]] = field(default_factory=list)  # by `foreach` and row
     new_bufs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def check(self, left: Iterable[tuple]) -> None:
+    def check(self, left: Iterable[tuple], grad_scale: float) -> None:
+        """grad_scale: what the rows divide gradients by."""
         for index, why, row, param, grad, buf, starts in left:
             group, row, entry = self.param_groups[index], Row(*row), Entry(param, grad, buf)
+            if "trust_coeff" in group and grad is not None:
+                p_norm, g_norm = reference.reduce([entry])[0].sqrt().tolist()
+                hyper = groups.hyperparameters(group)
+                ratio = hyper.trust.ratio(hyper.lr, hyper.weight_decay, p_norm, g_norm / grad_scale)
+                row = row.with_ratio(ratio)
             checks.refuse_capture(index, group)
             checks.check_fused(group, entry)
             checks.check_tensors(index, entry)

@@ -62,7 +62,7 @@ def step(
     for update, step in zip(updates, steps, strict=True):
         for kind, entry in update.tensors:
             row = getattr(step, kind) if isinstance(kind, str) else step.norm_stat(kind)
-            fallback.check([(update.index, None, row, *entry, kind == "first")])
+            fallback.check([(update.index, None, row, *entry, kind == "first")], grad_scale)
     fallback.do()
     for update, step in zip(updates, steps, strict=True):
         update.finish(step)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from texp import theory
-from texp.theory import Hyperparameters, Scale
+from texp.theory import Hyperparameters, Scale, Trust
 
 # The scale of a group in exponential form: keys and initial values, also in state dicts.
 SCALE_KEYS = {"scale": 1.0, "scale_exponent": 0, "carried_decay": 0.0}
@@ -84,7 +84,13 @@ def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
         **{key: number(key, group[key]) for key in numbers},
         **{key: bool(group[key]) for key in ("nesterov", "maximize")},
         scale_invariant=is_scale_invariant(group),
+        trust=_trust(group) if "trust_coeff" in group else None,
     )
+
+
+def _trust(group: dict[str, Any]) -> Trust:
+    numbers = (number(key, group[key]) for key in ("trust_coeff", "eps"))
+    return Trust(*numbers, *(bool(group[key]) for key in ("trust_clip", "always_adapt")))
 
 
 def number(name: str, value: Any) -> float:
