@@ -1,5 +1,6 @@
-// The phases of a step that run on a CUDA device: `reduce` sums squares, `advance` computes rows, and `apply` applies
-// rows to tensors of any mix of dtypes, in one launch for all tensors of all groups.
+// The phases of a step that run on a CUDA device: `reduce` sums squares, `norm` makes of them the norm of all gradients,
+// `advance` computes rows, and `apply` applies rows to tensors of any mix of dtypes, in one launch for all tensors of all
+// groups.
 //
 // Tables (tensors, rows, groups) travel by value as the argument of a launch, so nothing has to be uploaded or kept
 // alive; what does not fit into one argument takes several launches. In a captured graph `advance` reads and writes the
@@ -57,8 +58,18 @@ struct Reduce {
   double* workspace;  // for each tile a sum of p² and a sum of g²
   double* sums;       // for each tensor likewise
   int32_t count, tiles_at;
+  Reduction reduction;
 
   TEXP_INLINE static int64_t tile_of(Dtypes) { return 8192; }
+};
+
+// The array is where the DeviceScale of each of `count` tensors is. Several launches make one norm.
+struct Norm {
+  const double* sums;  // of the first of the tensors
+  const float* grad_scale;
+  double* norm;  // between the launches, what those before have made of their tensors
+  int32_t count;
+  bool is_max, is_first, is_last;
 };
 
 // The arrays are `count` groups, and the requests from `begin` to `end` among all of the step.
@@ -293,7 +304,9 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
 #endif
   const Advance& head = table.head;
   const DeviceStep& step = head.step;
-  const bool skipped = step.found_inf != nullptr && global(step.found_inf) != 0;
+  const bool clips = step.norm != nullptr;
+  const bool skipped = (step.found_inf != nullptr && global(step.found_inf) != 0) ||
+                       (clips && step.skips_nonfinite && !std::isfinite(global(step.norm)));
   if (blockIdx.x == 0 && threadIdx.x == 0) global(step.skip) = skipped;
   if (skipped) return;
 
@@ -305,7 +318,8 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
                             group.nesterov,                     group.maximize,
                             group.scale_invariant};
     const bool momentum_initialized = !group.without_buffers && scale.momentum_initialized != 0;
-    const double grad_scale = step.grad_scale == nullptr ? 1.0 : global(step.grad_scale);
+    double grad_scale = step.grad_scale == nullptr ? 1.0 : global(step.grad_scale);
+    if (clips) grad_scale /= clip_factor(global(step.norm), step.max_norm);
     const Step next = advance({scale.P, scale.exponent, scale.kappa}, h, !momentum_initialized, grad_scale);
     running = next.running;
     first = next.first;
@@ -341,57 +355,105 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
   }
 }
 
-// The sum over all threads, for the first one, in a fixed order: 16 threads add 16 numbers each, then one adds theirs.
-__device__ double sum_of_block(double x) {
+// NaN where one is, unlike fmax.
+template <class T>
+__device__ T larger(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+
+__device__ double joined(double a, double b, bool is_max) { return is_max ? larger(a, b) : a + b; }
+
+// The sum, or the maximum, over all threads, for the first one, in a fixed order: 16 threads join 16 numbers each, then
+// one joins theirs.
+__device__ double over_block(double x, bool is_max) {
   __shared__ double of[kThreads];
   constexpr unsigned kPart = 16;
   of[threadIdx.x] = x;
   __syncthreads();
   if (threadIdx.x < kPart) {
-    for (unsigned i = threadIdx.x + kPart; i < kThreads; i += kPart) x += of[i];
+    for (unsigned i = threadIdx.x + kPart; i < kThreads; i += kPart) x = joined(x, of[i], is_max);
     of[threadIdx.x] = x;
   }
   __syncthreads();
   if (threadIdx.x == 0)
-    for (unsigned i = 1; i < kPart; ++i) x += of[i];
+    for (unsigned i = 1; i < kPart; ++i) x = joined(x, of[i], is_max);
   return x;
 }
 
-// Two blocks for each tile: one for p, one for g.
+// Which of the sums, of a tile or of a tensor, is that of the block: the even ones are of p, the odd ones of g.
+__device__ unsigned sum_of_block(const Reduce& head) {
+  return head.reduction == Reduction::squares ? blockIdx.x : 2 * blockIdx.x + 1;
+}
+
+// Two blocks for each tile: one for p, one for g. Where p is not read, only the latter.
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    square_kernel(const __grid_constant__ Table<Reduce, kBytes> table) {
-  const bool of_g = blockIdx.x % 2;
-  const Place place = place_of(table, blockIdx.x / 2);
+    reduce_kernel(const __grid_constant__ Table<Reduce, kBytes> table) {
+  const unsigned index = sum_of_block(table.head);
+  const bool of_g = index % 2, is_max = table.head.reduction == Reduction::grad_max;
+  const Place place = place_of(table, index / 2);
   const TensorEntry& t = table.template at<TensorEntry>(0)[place.tensor];
   const Dtype dtype = of_g ? t.dtypes.g() : t.dtypes.p();
-  double sum = 0;
+  double result = 0;
   with_element(dtype, [&](auto e) {
     using E = decltype(e);
+    using T = decltype(widened(e));
     constexpr int kCount = 16 / sizeof(E);
-    const auto add = [&](const auto& v) {
-      for (const E x : v.e) sum = fused(double(widened(x)), double(widened(x)), sum);
-    };
     const Known<E> x(of_g ? t.g : t.p, dtype, place.offset);
     if (x.at == nullptr) return;
     const int whole = x.misaligned(kCount) == 0 ? place.n / kCount * kCount : 0;
+    const auto for_all = [&](const auto& take) {
+      const auto take_all = [&](const auto& v) {
+        for (const E one : v.e) take(widened(one));
+      };
 #pragma unroll 4
-    for (int i = threadIdx.x * kCount; i < whole; i += kThreads * kCount) add(x.template load<kCount>(i));
-    for (int i = whole + static_cast<int>(threadIdx.x); i < place.n; i += kThreads) add(x.template load<1>(i));
+      for (int i = threadIdx.x * kCount; i < whole; i += kThreads * kCount) take_all(x.template load<kCount>(i));
+      for (int i = whole + static_cast<int>(threadIdx.x); i < place.n; i += kThreads) take_all(x.template load<1>(i));
+    };
+    if (is_max) {
+      T most = 0;
+      for_all([&](T one) { most = larger(std::fabs(one), most); });
+      result = most;
+    } else {
+      for_all([&](T one) { result = fused(double(one), double(one), result); });
+    }
   });
-  sum = sum_of_block(sum);
-  if (threadIdx.x == 0) global(table.head.workspace + blockIdx.x) = sum;
+  result = over_block(result, is_max);
+  if (threadIdx.x == 0) global(table.head.workspace + index) = result;
 }
 
-// Two blocks for each tensor, likewise.
+// Two blocks for each tensor, or one, likewise.
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const __grid_constant__ Table<Reduce, kBytes> table) {
-  const int32_t* tiles = table.template at<int32_t>(table.head.tiles_at) + blockIdx.x / 2;
-  double sum = 0;
+  const unsigned index = sum_of_block(table.head);
+  const bool is_max = table.head.reduction == Reduction::grad_max;
+  const int32_t* tiles = table.template at<int32_t>(table.head.tiles_at) + index / 2;
+  double result = 0;
   for (int32_t tile = tiles[0] + static_cast<int32_t>(threadIdx.x); tile < tiles[1]; tile += kThreads)
-    sum += global(table.head.workspace + 2 * tile + blockIdx.x % 2);
-  sum = sum_of_block(sum);
-  if (threadIdx.x == 0) global(table.head.sums + blockIdx.x) = sum;
+    result = joined(result, global(table.head.workspace + 2 * tile + index % 2), is_max);
+  result = over_block(result, is_max);
+  if (threadIdx.x == 0) global(table.head.sums + index) = result;
+}
+
+// One block.
+template <int kBytes>
+__global__ void __launch_bounds__(kThreads, kBlocks) norm_kernel(const __grid_constant__ Table<Norm, kBytes> table) {
+  const Norm& head = table.head;
+  const auto* scales = table.template at<const DeviceScale*>(0);
+  double result = 0;
+  for (int i = threadIdx.x; i < head.count; i += kThreads) {
+    const double P = global(scales[i]).P, of_g = global(head.sums + 2 * i + 1);
+    result = joined(result, head.is_max ? P * of_g : P * P * of_g, head.is_max);
+  }
+  result = over_block(result, head.is_max);
+  if (threadIdx.x != 0) return;
+  double& norm = global(head.norm);
+  if (!head.is_first) result = joined(norm, result, head.is_max);
+  if (head.is_last) {
+    if (!head.is_max) result = std::sqrt(result);
+    if (head.grad_scale != nullptr) result /= global(head.grad_scale);
+  }
+  norm = result;
 }
 
 // By device, whether its apply kernels wait for advance by themselves, so that they may be launched while that runs:
@@ -403,8 +465,9 @@ bool waits_for_advance[kMostDevices];
 const std::pair kApply{&apply_kernel<false, kSmall>, &apply_kernel<false, kLarge>};
 const std::pair kApplyMixed{&apply_kernel<true, kSmall>, &apply_kernel<true, kLarge>};
 const std::pair kAdvance{&advance_kernel<kSmall>, &advance_kernel<kLarge>};
-const std::pair kSquare{&square_kernel<kSmall>, &square_kernel<kLarge>};
+const std::pair kReduce{&reduce_kernel<kSmall>, &reduce_kernel<kLarge>};
 const std::pair kSum{&sum_kernel<kSmall>, &sum_kernel<kLarge>};
+const std::pair kNorm{&norm_kernel<kSmall>, &norm_kernel<kLarge>};
 
 // Launches the kernel for the smaller table if the arrays, of that many bytes, fit into it: both tables begin alike.
 template <class Kernels, class Head>
@@ -532,16 +595,42 @@ extern "C" int64_t texp_cuda_reduce_workspace(const TensorEntry* tensors, int64_
   return 2 * tiles;
 }
 
-extern "C" const char* texp_cuda_reduce(int device, void* stream, const TensorEntry* tensors, int64_t n, double* sums,
-                                        double* workspace) {
-  return for_all(device, Reduce{workspace, sums, 0, 0}, tensors, n, nullptr,
+extern "C" const char* texp_cuda_reduce(int device, void* stream, const TensorEntry* tensors, int64_t n,
+                                        Reduction reduction, double* sums, double* workspace) {
+  const int64_t each = reduction == Reduction::squares ? 2 : 1;  // blocks
+  return for_all(device, Reduce{workspace, sums, 0, 0, reduction}, tensors, n, nullptr,
                  [&](auto& table, int64_t tiles, size_t bytes, bool) {
-                   const int64_t blocks = 2 * table.head.count;
-                   cudaError_t error = launch(kSquare, 2 * tiles, table, bytes, stream);
-                   if (error == cudaSuccess) error = launch(kSum, blocks, table, bytes, stream);
-                   table.head.sums += blocks;
+                   cudaError_t error = launch(kReduce, each * tiles, table, bytes, stream);
+                   if (error == cudaSuccess) error = launch(kSum, each * table.head.count, table, bytes, stream);
+                   table.head.sums += 2 * table.head.count;
                    return error;
                  });
+}
+
+extern "C" const char* texp_cuda_norm(int device, void* stream, const GroupEntry* groups, const RowRequest* requests,
+                                      int64_t n, Reduction reduction, const double* sums, const float* grad_scale,
+                                      double* norm) {
+  Table<Norm, kLarge> table;
+  auto* const scales = reinterpret_cast<const DeviceScale**>(table.bytes);
+  constexpr int64_t capacity = sizeof table.bytes / sizeof *scales;
+  return on_device(device, [&] {
+    cudaError_t error = cudaSuccess;
+    int64_t begin = 0;
+    do {
+      const auto count = static_cast<int32_t>(std::min(n - begin, capacity));
+      table.head = {.sums = sums + 2 * begin,
+                    .grad_scale = grad_scale,
+                    .norm = norm,
+                    .count = count,
+                    .is_max = reduction == Reduction::grad_max,
+                    .is_first = begin == 0,
+                    .is_last = begin + count == n};
+      for (int32_t i = 0; i < count; ++i) scales[i] = groups[requests[begin + i].group].scale;
+      error = launch(kNorm, 1, table, count * sizeof *scales, stream);
+      begin += count;
+    } while (begin < n && error == cudaSuccess);
+    return error;
+  });
 }
 
 extern "C" const char* texp_cuda_load(int device) {
@@ -552,7 +641,7 @@ extern "C" const char* texp_cuda_load(int device) {
       if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
     };
     const auto load_both = [&](const auto&... kernels) { ((load(kernels.first), load(kernels.second)), ...); };
-    load_both(kApply, kApplyMixed, kAdvance, kSquare, kSum);
+    load_both(kApply, kApplyMixed, kAdvance, kReduce, kSum, kNorm);
     waits_for_advance[device % kMostDevices] = error == cudaSuccess && attributes.ptxVersion >= 90;
     return error;
   });

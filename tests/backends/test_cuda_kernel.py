@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,11 +50,12 @@ def kernel(tmp_path_factory):
     command += [f"-I{ROOT / 'tests' / 'backends' / 'cuda_on_host'}", f"-I{ROOT / 'csrc'}", "-x", "c++"]
     subprocess.run([*command, str(ROOT / "csrc" / "cuda" / "kernels.cu"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    pointer, n = ctypes.c_void_p, ctypes.c_int64
+    pointer, n, kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint8
     for name, arguments in {
         "apply": (pointer, n, pointer, pointer, pointer),
         "advance": (pointer, n, pointer, n, pointer),
-        "reduce": (pointer, n, pointer, pointer),
+        "reduce": (pointer, n, kind, pointer, pointer),
+        "norm": (pointer, pointer, n, kind, pointer, pointer, pointer),
         "load": (),
     }.items():
         function = getattr(loaded, f"texp_cuda_{name}")
@@ -86,19 +88,37 @@ class Launcher:
         n_requests, requests = self._table(layout.RowRequest, requests)
         assert n == n_requests
         self.rows, self.skip = torch.full((n, 10), POISON, dtype=torch.float64), torch.tensor([-1], dtype=torch.int32)
-        where = (grad_scale, found_inf, state.momentum_initialized, self.rows, self.skip)
-        step = layout.DeviceStep(*map(address, where))
+        step = layout.DeviceStep(
+            grad_scale=address(grad_scale),
+            found_inf=address(found_inf),
+            momentum_initialized=address(state.momentum_initialized),
+            rows=address(self.rows),
+            skip=address(self.skip),
+        )
         self._check(self.kernel.texp_cuda_advance(0, None, groups, n_groups, requests, n, ctypes.byref(step)))
         arguments = (table, n, None, address(self.rows), address(self.skip))
         self._check(self.kernel.texp_cuda_apply(0, None, *arguments))
 
-    def reduce(self, device: str, tensors: bytes) -> Tensor:
+    def reduce(self, device: str, tensors: bytes, reduction: int = layout.SQUARES) -> Tensor:
         n, table = self._table(layout.TensorEntry, tensors)
         used = self.kernel.texp_cuda_reduce_workspace(table, n)
         workspace, sums = (torch.full((size + 1,), POISON, dtype=torch.float64) for size in (used, 2 * n))
-        self._check(self.kernel.texp_cuda_reduce(0, None, table, n, sums.data_ptr(), workspace.data_ptr()))
+        to = sums.data_ptr(), workspace.data_ptr()
+        self._check(self.kernel.texp_cuda_reduce(0, None, table, n, reduction, *to))
         assert workspace[-1] == sums[-1] == POISON
+        assert reduction == layout.SQUARES or (workspace[:-1:2] == POISON).all()
         return sums[:-1].view(n, 2)
+
+    def norm(
+        self, groups: bytes, requests: bytes, sums: Tensor, reduction: int, grad_scale: Tensor | None = None
+    ) -> float:
+        groups = self._table(layout.GroupEntry, groups)[1]
+        n, requests = self._table(layout.RowRequest, requests)
+        norm = torch.full((2,), POISON, dtype=torch.float64)
+        arguments = (reduction, address(sums), address(grad_scale), norm.data_ptr())
+        self._check(self.kernel.texp_cuda_norm(0, None, groups, requests, n, *arguments))
+        assert norm[1] == POISON
+        return norm[0].item()
 
     @staticmethod
     def _table(struct: type, of: bytes) -> tuple[int, ctypes.Array]:
@@ -261,16 +281,26 @@ class TestApply:
 @pytest.mark.parametrize("device", [0, 1])
 def test_launches_are_on_the_device_of_the_tensors(kernel, current, device):
     """And leave the device current that was."""
-    p, scale = torch.ones(3), layout.DeviceScale(1.0)
+    p, scale, request = torch.ones(3), layout.DeviceScale(1.0), bytes(layout.RowRequest())
     tensor, group = tensor_entry(p), layout.GroupEntry(scale=ctypes.addressof(scale))
-    skip, sums = torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.float64)
+    skip, sums = torch.zeros(1, dtype=torch.int32), torch.zeros(5, dtype=torch.float64)
     step = layout.DeviceStep(skip=address(skip))
     kernel.cudaSetDevice(current)
     try:
         for function, *arguments in (
             (kernel.texp_cuda_apply, tensor, 1, rows_of([Row()]), None, None),
             (kernel.texp_cuda_advance, ctypes.byref(group), 1, None, 0, ctypes.byref(step)),
-            (kernel.texp_cuda_reduce, tensor, 1, sums.data_ptr(), sums.data_ptr() + 16),
+            (kernel.texp_cuda_reduce, tensor, 1, layout.SQUARES, address(sums), address(sums) + 16),
+            (
+                kernel.texp_cuda_norm,
+                bytes(group),
+                request,
+                1,
+                layout.GRAD_MAX,
+                address(sums),
+                None,
+                address(sums) + 32,
+            ),
         ):
             assert function(device, None, *arguments) is None
             assert kernel.launched_on() == device
@@ -279,7 +309,7 @@ def test_launches_are_on_the_device_of_the_tensors(kernel, current, device):
         assert kernel.current_device() == current
     finally:
         kernel.cudaSetDevice(0)
-    assert sums[:2].tolist() == [3, 0]
+    assert sums.tolist() == [3, 0, 3, 0, 0]
     assert scale.P == 1
 
 
@@ -312,7 +342,15 @@ class Group:
 
 class TestAdvance:
     @staticmethod
-    def advance(kernel, groups: list[Group], grad_scale: float | None = None, found_inf: float | None = None) -> int:
+    def advance(
+        kernel,
+        groups: list[Group],
+        grad_scale: float | None = None,
+        found_inf: float | None = None,
+        norm: float | None = None,
+        max_norm: float = 1.0,
+        skips_nonfinite: bool = False,
+    ) -> int:
         """Compares all that is written with theory, bit for bit. Returns how many launches it took."""
         scales = (layout.DeviceScale * len(groups))()
         entries, requests, kept = [], [], []
@@ -341,8 +379,12 @@ class TestAdvance:
         initialized = torch.tensor([x[-1] for group in groups for x in group.tensors] + [True]).to(torch.uint8)
         rows = torch.full((len(requests) + 1, 10), POISON, dtype=torch.float64)
         skip = torch.tensor([-1], dtype=torch.int32)
-        optional = [None if x is None else torch.tensor(x) for x in (grad_scale, found_inf)]
-        step = layout.DeviceStep(*map(address, (*optional, initialized, rows, skip)))
+        of_step = {"grad_scale": grad_scale, "found_inf": found_inf}
+        of_step = {name: None if x is None else torch.tensor(x) for name, x in of_step.items()}
+        of_step["norm"] = None if norm is None else torch.tensor(norm, dtype=torch.float64)
+        of_step |= {"momentum_initialized": initialized, "rows": rows, "skip": skip}
+        addresses = {name: address(x) for name, x in of_step.items()}
+        step = layout.DeviceStep(max_norm=max_norm, skips_nonfinite=skips_nonfinite, **addresses)
         before, scales_before, initialized_before = kernel.launches_so_far(), bytes(scales), initialized.clone()
         error = kernel.texp_cuda_advance(
             0,
@@ -355,21 +397,25 @@ class TestAdvance:
         )
         assert error is None
         launches = kernel.launches_so_far() - before
-        assert skip.item() == (bool(found_inf) if groups else -1)
-        if found_inf or not groups:
+        skipped = bool(found_inf) or (norm is not None and skips_nonfinite and not math.isfinite(norm))
+        assert skip.item() == (skipped if groups else -1)
+        if skipped or not groups:
             assert (rows == POISON).all()
             assert bytes(scales) == scales_before
             assert torch.equal(initialized, initialized_before)
             return launches
+        grad_scale = grad_scale or 1.0
+        if norm is not None:
+            grad_scale /= min(1.0, max_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan
         expected, expected_initialized = [], []
         for scale, group in zip(scales, groups, strict=True):
-            of_group = theory.advance(group.scale, group.hyper, first=group.first, grad_scale=grad_scale or 1.0)
+            of_group = theory.advance(group.scale, group.hyper, first=group.first, grad_scale=grad_scale)
             expected += [group.row(of_group, *x) for x in group.tensors]
             expected_initialized += [group.is_initialized_after(*x) for x in group.tensors]
             assert Scale(scale.P, scale.exponent, scale.kappa) == of_group.scale
             assert scale.momentum_initialized == (not group.first or group.hyper.momentum != 0)
         expected.append(Row(*[POISON] * 10))
-        assert [Row(*row) for row in rows.tolist()] == expected
+        numpy.testing.assert_array_equal(rows, expected)
         assert initialized.tolist() == [*expected_initialized, True]
         return launches
 
@@ -386,6 +432,9 @@ class TestAdvance:
         numbers_in=st.tuples(*[st.integers(0, 2)] * 4),
         grad_scale=st.sampled_from([None, 1.0, 2.0**16, 3.0]),
         found_inf=st.sampled_from([None, 0.0, 0.0, 1.0, math.nan]),
+        norm=st.sampled_from([None, 0.0, 0.75, 3.0, 1e300, math.inf, math.nan]),
+        max_norm=st.sampled_from([1.0, 0.1, math.inf]),
+        skips_nonfinite=st.booleans(),
     )
     def test_it_has_the_bits_of_theory(
         self,
@@ -399,9 +448,19 @@ class TestAdvance:
         numbers_in,
         grad_scale,
         found_inf,
+        norm,
+        max_norm,
+        skips_nonfinite,
     ):
         group = Group(hyper, Scale(P, exponent, kappa), momentum_initialized, without_buffers, numbers_in, self.ALL)
-        assert self.advance(kernel, [group], grad_scale, found_inf) == 1
+        clipping = norm, max_norm, skips_nonfinite
+        assert self.advance(kernel, [group], grad_scale, found_inf, *clipping) == 1
+
+    @pytest.mark.parametrize("skips_nonfinite", [False, True])
+    @pytest.mark.parametrize("norm", [0.5, 4.0, math.inf, math.nan])
+    def test_a_norm_clips_or_skips_the_step(self, kernel, norm, skips_nonfinite):
+        group = Group(HYPERS[-2], Scale(1.9, 3, 0.1), momentum_initialized=True, tensors=self.ALL)
+        self.advance(kernel, [group], 8.0, 0.0, norm, 1.5, skips_nonfinite)
 
     @pytest.mark.parametrize(
         ("sizes", "launches"),
@@ -416,8 +475,8 @@ class TestAdvance:
         ],
         ids=lambda x: str(x)[:20],
     )
-    @pytest.mark.parametrize("found_inf", [0.0, 1.0])
-    def test_any_number_of_groups_and_tensors(self, kernel, sizes, launches, found_inf):
+    @pytest.mark.parametrize(("found_inf", "norm"), [(0.0, 4.0), (1.0, 4.0), (0.0, math.inf)])
+    def test_any_number_of_groups_and_tensors(self, kernel, sizes, launches, found_inf, norm):
         """A group over several launches advances once, and all of its rows are those of the same step."""
         groups = [
             Group(
@@ -428,18 +487,19 @@ class TestAdvance:
             )
             for i, size in enumerate(sizes)
         ]
-        assert self.advance(kernel, groups, 2.0, found_inf) == launches
+        assert self.advance(kernel, groups, 2.0, found_inf, norm, skips_nonfinite=True) == launches
 
 
 class TestReduce:
-    """Sums of squares."""
+    """Sums of squares, and the largest gradients."""
+
+    SIZES = [0, 1, 3, 7, 8, 255, 1023, 1025, REDUCE_TILE - 1, REDUCE_TILE, REDUCE_TILE + 1, 3 * REDUCE_TILE + 5]
 
     def test_every_dtype_and_size(self, kernel):
         """Between poisoned elements, aligned or not."""
         generator = torch.Generator().manual_seed(0)
-        sizes = [0, 1, 3, 7, 8, 255, 1023, 1025, REDUCE_TILE - 1, REDUCE_TILE, 3 * REDUCE_TILE + 5]
         entries = []
-        for i, (size, p_dtype) in enumerate(product(sizes, DTYPES)):
+        for i, (size, p_dtype) in enumerate(product(self.SIZES, DTYPES)):
             g_dtype = DTYPES[(i + i // 4) % 4]  # each with each
             of_p, of_g, _ = OFFSETS[i % 5]
             (p, _), (g, _) = poisoned(size, p_dtype, of_p, generator), poisoned(size, g_dtype, of_g, generator)
@@ -449,7 +509,7 @@ class TestReduce:
     def test_more_tensors_than_fit_one_launch(self, kernel):
         generator = torch.Generator().manual_seed(0)
         make = lambda i: torch.randn(i % 5, generator=generator)  # noqa: E731
-        self.check(kernel, [Entry(make(i), make(i)) for i in range(1000)], launches=4)
+        self.check(kernel, [Entry(make(i), make(i)) for i in range(760)], launches=4)
 
     @pytest.mark.parametrize("sizes", [[], [0], [0, 3, 0]], ids=str)
     def test_empty_tensors(self, kernel, sizes):
@@ -470,12 +530,46 @@ class TestReduce:
             assert not math.isfinite(of_p)
             assert not math.isfinite(of_g)
 
+    @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_the_largest_gradient_is_nan_where_one_is(self, kernel, dtype, value):
+        """Wherever that is: in any thread, before others and after them, in any tile; infinite ones beside it too."""
+        tensors, kept = [], []
+        generator = torch.Generator().manual_seed(0)
+        for size, offset in product((1, 5, 1031, 2 * REDUCE_TILE + 3), (0, 1)):
+            for at in {0, size // 2, size - 1}:
+                g, _ = poisoned(size, dtype, offset, generator)
+                g[size // 3] = -math.inf
+                g[at] = value
+                kept.append(g)
+                tensors.append(tensor_entry(g, g))
+        largest = Launcher(kernel).reduce("cpu", b"".join(tensors), layout.GRAD_MAX)[:, 1]
+        numpy.testing.assert_array_equal(largest, [math.nan if math.isnan(value) else math.inf] * len(kept))
+
+    @pytest.mark.parametrize("value", [-9.0, math.nan])
+    def test_the_largest_of_many_tiles(self, kernel, value):
+        """More of them than a block has threads."""
+        g = torch.ones(260 * REDUCE_TILE, dtype=torch.bfloat16)
+        g[3] = g[256 * REDUCE_TILE + 4] = 2.0
+        g[REDUCE_TILE * 258] = value
+        largest = Launcher(kernel).reduce("cpu", tensor_entry(g, g), layout.GRAD_MAX)[0, 1]
+        numpy.testing.assert_array_equal(largest, abs(value))
+
     def check(self, kernel, entries: list[Entry], launches: int) -> None:
-        """Against exact sums; and a tensor's bits do not depend on what else is in the launch."""
+        """Against exact sums; and a tensor's bits do not depend on what else is in the launch, nor on whether p is
+        read."""
         launcher, before = Launcher(kernel), kernel.launches_so_far()
         tensors = [tensor_entry(*entry) for entry in entries]
-        sums = launcher.reduce("cpu", b"".join(tensors))
-        assert kernel.launches_so_far() - before == launches
+        sums, of_grads, largest = (
+            launcher.reduce("cpu", b"".join(tensors), reduction)
+            for reduction in (layout.SQUARES, layout.GRAD_SQUARES, layout.GRAD_MAX)
+        )
+        assert kernel.launches_so_far() - before == 3 * launches
+        assert (of_grads[:, 0] == POISON).all()
+        assert (largest[:, 0] == POISON).all()
+        assert torch.equal(of_grads[:, 1], sums[:, 1])
+        grads = [None if entry.grad is None else entry.grad.double().numpy() for entry in entries]
+        assert largest[:, 1].tolist() == [0.0 if g is None else numpy.abs(g).max(initial=0.0) for g in grads]
         for (p, g, _), actual in zip(entries, sums.tolist(), strict=True):
             for x, of_x in zip((p, g), actual, strict=True):
                 exact = 0.0 if x is None else math.fsum(value * value for value in x.double().tolist())
@@ -484,6 +578,77 @@ class TestReduce:
         for i in {0, len(tensors) // 2, len(tensors) - 1} if tensors else ():
             alone = launcher.reduce("cpu", b"".join(tensors[i : i + 1]))
             assert same_bits(alone[0], sums[i])
+
+
+@pytest.mark.parametrize("reduction", [layout.GRAD_SQUARES, layout.GRAD_MAX])
+class TestNorm:
+    """Of all gradients at θ."""
+
+    @staticmethod
+    def norm(
+        kernel, reduction: int, groups: list[tuple[float, list]], sums: Tensor, grad_scale: float | None
+    ) -> float:
+        """groups: P, and the tensors, of which only the number counts."""
+        scales = (layout.DeviceScale * len(groups))(*(layout.DeviceScale(P, math.nan) for P, _ in groups))
+        entries = [bytes(layout.GroupEntry(scale=ctypes.addressof(scale))) for scale in scales]
+        requests = [bytes(layout.RowRequest(group=i)) for i, (_, tensors) in enumerate(groups) for _ in tensors]
+        of_grads = None if grad_scale is None else torch.tensor(grad_scale)
+        return Launcher(kernel).norm(b"".join(entries), b"".join(requests), sums, reduction, of_grads)
+
+    @staticmethod
+    def expected(reduction: int, groups: list[tuple[float, list[float]]], grad_scale: float | None) -> float:
+        if reduction == layout.GRAD_MAX:
+            norm = max((P * largest for P, of_group in groups for largest in of_group), default=0.0)
+        else:
+            norm = math.sqrt(math.fsum(P * P * squares for P, of_group in groups for squares in of_group))
+        return norm / (grad_scale or 1.0)
+
+    @pytest.mark.parametrize("grad_scale", [None, 1024.0, 3.0])
+    def test_of_gradients(self, kernel, reduction, grad_scale):
+        """Of several groups, dtypes and sizes, some tensors without one."""
+        generator = torch.Generator().manual_seed(0)
+        groups, tensors, kept = [], [], []
+        for i, P in enumerate((1.0, 1.75, 1.0 + 2**-30, 1.9)):
+            grads = [poisoned(size, DTYPES[i], size % 2, generator)[0] for size in (0, 1, 7, 300, REDUCE_TILE + 1)]
+            for g in (*grads, None):
+                kept.append(torch.ones(3))
+                tensors.append(tensor_entry(kept[-1] if g is None else g, g))
+            groups.append((P, [*grads, None]))
+        sums = Launcher(kernel).reduce("cpu", b"".join(tensors), reduction)
+        actual = self.norm(kernel, reduction, groups, sums, grad_scale)
+        of_all = [numpy.abs(P * g.double().numpy()) for P, grads in groups for g in grads if g is not None]
+        of_all = numpy.concatenate(of_all)
+        largest = reduction == layout.GRAD_MAX
+        expected = (of_all.max() if largest else math.sqrt(math.fsum(of_all**2))) / (grad_scale or 1.0)
+        # Of the squares of a tensor TestReduce says the bound, 100 roundings; there are 50 more below, 3 here.
+        assert abs(actual - expected) <= (0 if largest else 80 * 2**-53 * expected)
+
+    @pytest.mark.parametrize(
+        ("n", "launches"), [(0, 1), (1, 1), (255, 1), (257, 1), (508, 1), (509, 1), (4091, 1), (4092, 2), (9000, 3)]
+    )
+    @pytest.mark.parametrize("grad_scale", [None, 3.0])
+    def test_any_number_of_tensors(self, kernel, reduction, n, launches, grad_scale):
+        sums = torch.rand(n, 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        sums[:, 0] = math.nan  # not read
+        of_grads = sums[:, 1].tolist()
+        groups = [(1 + i / 128, of_grads[i * 100 : (i + 1) * 100]) for i in range(n // 100 + 1)]
+        before = kernel.launches_so_far()
+        actual = self.norm(kernel, reduction, groups, sums, grad_scale)
+        assert kernel.launches_so_far() - before == launches
+        expected = self.expected(reduction, groups, grad_scale)
+        # Each summand passes 2 products, 16 sums in its thread, 30 in its block and 2 over launches: the root halves
+        # that.
+        assert abs(actual - expected) <= (0 if reduction == layout.GRAD_MAX else 30 * 2**-53 * expected)
+        assert self.norm(kernel, reduction, groups, sums, grad_scale) == actual
+
+    @pytest.mark.parametrize("value", [math.inf, math.nan])
+    @pytest.mark.parametrize("at", [0, 17, 300, 4090, 4091, 8999])
+    def test_what_is_not_finite_stays(self, kernel, reduction, at, value):
+        """Whichever launch sees it."""
+        sums = torch.ones(9000, 2, dtype=torch.float64)
+        sums[at, 1] = value
+        actual = self.norm(kernel, reduction, [(1.5, range(9000))], sums, 2.0)
+        numpy.testing.assert_array_equal(actual, value)
 
 
 @dataclass

@@ -26,6 +26,7 @@ ENUMS = {
     "Dtype": layout.DTYPES,
     "RowKind": ("step", "idle", "statistic"),
     "Number::In": ("host", "float32", "float64"),
+    "Reduction": ("squares", "grad_squares", "grad_max"),
 }
 
 
@@ -56,7 +57,7 @@ def test_they_are_laid_out_as_the_compiler_does(tmp_path):
 
 
 def test_enumerators_have_the_numbers_that_their_order_gives():
-    for name in ("RowKind", "Number::In"):
+    for name in ("RowKind", "Number::In", "Reduction"):
         assert [getattr(layout, member.upper()) for member in ENUMS[name]] == list(range(len(ENUMS[name])))
 
 

@@ -167,8 +167,8 @@ def test_the_core_links_it():
     assert (count >= 0) == (error is None)
 
 
-KERNELS = [("apply_kernel", False), ("apply_kernel", True), ("square_kernel", False), ("sum_kernel", False)]
-KERNELS += [("advance_kernel", False)]
+KERNELS = [("apply_kernel", False), ("apply_kernel", True), ("reduce_kernel", False), ("sum_kernel", False)]
+KERNELS += [("norm_kernel", False), ("advance_kernel", False)]
 """Each compiled for two sizes of table; True: for any mix of dtypes."""
 
 
@@ -255,5 +255,5 @@ class TestTheMachineCode:
                 moves = " ".join(f"{name.split('.')[0]}.{name.split('.')[-1]}" for name in used)
                 if key[1:] == ("apply_kernel", False):
                     assert "LDG.128 LDG.128 LDG.128 STG.128 STG.128" in moves, key
-                elif key[1] == "square_kernel":
+                elif key[1] == "reduce_kernel":
                     assert "LDG.128 LDG.128 LDG.128 LDG.128" in moves, key
