@@ -5,9 +5,10 @@
     torchrun --standalone --nproc-per-node 4 -m benchmarks.large_batch --batch-size 512 --amp bf16 --channels-last
 
 The LR grows linearly with the batch size (Goyal et al., 2017, arXiv 1706.02677), after a linear warm-up. It is that
-of plain SGD, whichever optimizer trains: texp.SGD in exponential form visits the same functions. Biases and norms
-have no weight decay. What trains is in benchmarks/large_batch_training.py, what is reported in large_batch_report.py;
-this file is the command: options, the sweep over batch sizes, and checkpoints.
+of plain SGD, whichever optimizer trains: texp.SGD in exponential form visits the same functions, and texp.LARS
+multiplies it by a ratio for each tensor. Biases and norms have no weight decay. Gradients can be clipped, in the step
+or, for torch, before it. What trains is in benchmarks/large_batch_training.py, what is reported in
+large_batch_report.py; this file is the command: options, the sweep over batch sizes, and checkpoints.
 """
 
 import itertools
@@ -27,14 +28,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import texp
 from benchmarks import large_batch_report
-from benchmarks.large_batch_training import AMP, GROUPS, Training, device_of, local_world, rank, world
+from benchmarks.large_batch_training import AMP, GROUPS, OPTIMIZERS, Training, device_of, local_world, rank, world
 from texp import backends
 from texp.bench.step_time import cpu_model
 from texp.cli.common import EXTRA, UsageError, check_writable, make_console
 from texp.cli.digits import load_digits
 
 CHOICES = {
-    "optimizer": ("texp", "torch", "texp,torch"),
+    "optimizer": OPTIMIZERS,
     "model": ("bn", "gn"),
     "schedule": ("cosine", "step"),
     "device": ("cpu", "cuda"),
@@ -52,7 +53,9 @@ class Options:
     Under torchrun each process takes its share of every batch; the batches are those of one process.
     """
 
-    optimizer: Annotated[str, typer.Option(help="texp or torch (fused); texp,torch: one after the other.")] = "texp"
+    optimizer: Annotated[str, typer.Option(help="texp, torch (fused), lars; texp,torch: one after the other.")] = (
+        "texp"
+    )
     backend: Annotated[str | None, typer.Option(help="Of texp.SGD, as texp info lists; default: automatic.")] = None
     batch_size: Annotated[str, typer.Option(help="Over all processes; several are a sweep, as in 64,128.")] = "64"
     epochs: Annotated[int, typer.Option(min=1, help="Epochs for each batch size.")] = 20
@@ -62,6 +65,10 @@ class Options:
     schedule: Annotated[str, typer.Option(help="cosine to 0, or step: a tenth at 1/2, again at 3/4.")] = "cosine"
     momentum: Annotated[float, typer.Option(help="γ; Nesterov momentum.")] = 0.9
     weight_decay: Annotated[float, typer.Option(help="λ, except for biases and norms.")] = 5e-4
+    clip: Annotated[float | None, typer.Option(help="Norm that gradients are clipped to; default: no clipping.")] = (
+        None
+    )
+    trust_coeff: Annotated[float, typer.Option(help="Of LARS.")] = 0.02
     label_smoothing: Annotated[float, typer.Option(help="Share of the label spread over all classes.")] = 0.1
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches for each batch.")] = 1
     model: Annotated[str, typer.Option(help="bn or gn: BatchNorm over a process's micro-batch, or GroupNorm.")] = "bn"
@@ -78,9 +85,13 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+            given = self.optimizers if name == "optimizer" else [getattr(self, name)]
+            if not set(given) <= set(choices):
                 _refuse(f"--{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
-        below = {"base_lr": math.inf, "weight_decay": math.inf, "momentum": 1, "label_smoothing": 1}
+        if self.clip is not None and not 0 <= self.clip < math.inf:
+            _refuse(f"--clip must be at least 0 and finite, got {self.clip}")
+        below = {"base_lr": math.inf, "weight_decay": math.inf, "trust_coeff": math.inf}
+        below |= {"momentum": 1, "label_smoothing": 1}
         for name, most in below.items():
             value = getattr(self, name)
             positive = name in ("base_lr", "momentum")  # Nesterov needs some
@@ -102,7 +113,7 @@ class Options:
             backends.core()  # is built if need be
             state = backends.available().get(self.backend, "there is no such backend")
             if self.optimizer == "torch" or state != backends.OK:
-                why = state if self.optimizer != "torch" else "it is for --optimizer texp"
+                why = state if self.optimizer != "torch" else "it is for --optimizer texp and lars"
                 _refuse(f"--backend {self.backend} was asked for, but {why}")
         _ = self.batch_sizes  # refuses what it cannot be
 

@@ -19,6 +19,7 @@ Row = dict[str, Any]
 STYLES = {
     "torch": {"lw": 3.5, "color": "0.75", "label": "torch.optim.SGD"},  # below, because the curves should coincide
     "texp": {"lw": 1.3, "color": "C0", "label": "texp.SGD"},
+    "lars": {"lw": 1.3, "color": "C1", "label": "texp.LARS"},
 }
 
 
@@ -94,6 +95,6 @@ def plot(runs: list[Row], path: Path) -> None:
     run = runs[0]
     where = f"{run['processor'] or run['device']}, processes: {run['processes']}, threads: {run['threads']}"
     figure.suptitle(f"digits on {where}, autocast: {run['amp']}, torch {run['torch']}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from benchmarks.large_batch import Options
 
 GROUPS = 4  # of a GroupNorm
+OPTIMIZERS = ("texp", "torch", "lars")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -76,22 +77,25 @@ def make_model(options: "Options") -> nn.Module:
 def make_optimizer(
     name: str, options: "Options", model: nn.Module, example: Tensor, lr: float
 ) -> torch.optim.Optimizer:
-    """The one switch: "texp" or "torch". The model must be on its device and in its dtype; `example` is a small batch
+    """The one switch, one of OPTIMIZERS. The model must be on its device and in its dtype; `example` is a small batch
     for it."""
     arguments = {"lr": lr, "momentum": options.momentum, "nesterov": True}
     if name == "texp":
         groups = texp.param_groups(model, example, no_decay="bias_and_norm", weight_decay=options.weight_decay)
-        return texp.SGD(groups, backend=options.backend, fused=True, **arguments)
+        return texp.SGD(groups, backend=options.backend, fused=True, max_norm=options.clip, **arguments)
     named = list(model.named_parameters())
     groups = [
         {"params": [p for n, p in named if bias_or_norm(n, p) == still], "weight_decay": 0.0 if still else decay}
         for still, decay in ((False, options.weight_decay), (True, 0.0))
     ]
+    if name == "lars":
+        arguments |= {"trust_coeff": options.trust_coeff, "max_norm": options.clip}
+        return texp.LARS(groups, backend=options.backend, fused=True, **arguments)
     return torch.optim.SGD(groups, fused=True, **arguments)
 
 
 class Training:
-    """One run with one optimizer, "texp" or "torch", and one batch size, on this process."""
+    """One run with one of OPTIMIZERS and one batch size, on this process."""
 
     def __init__(self, options: "Options", optimizer: str, batch_size: int, data: Digits) -> None:
         self.options, self.batch_size = options, batch_size
@@ -134,6 +138,9 @@ class Training:
             # The device's work is waited for on both sides; leave that out where nobody wants the optimizer's share.
             self._wait()
             ready = time.perf_counter()
+            if self.options.clip is not None and isinstance(self.optimizer, torch.optim.SGD):
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
             self.scaler.step(self.optimizer)
             self._wait()
             after = time.perf_counter()

@@ -358,7 +358,7 @@ def test_without_tensorboard(tmp_path, monkeypatch, capsys):
 
 
 ERRORS = {
-    "optimizer": (["--optimizer", "adam"], "--optimizer must be texp or torch or texp,torch, got adam"),
+    "optimizer": (["--optimizer", "adam"], "--optimizer must be texp or torch or lars, got adam"),
     "schedule": (["--schedule", "linear"], "--schedule must be cosine or step, got linear"),
     "amp": (["--amp", "fp8"], "--amp must be off or bf16 or fp16, got fp8"),
     "model": (["--model", "ln"], "--model must be bn or gn, got ln"),
@@ -375,7 +375,7 @@ ERRORS = {
     "smoothing": (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and below 1, got 1"),
     "width": (["--width", "6"], "--width must be a multiple of 4, got 6"),
     "no backend": (["--backend", "gpu"], "--backend gpu was asked for, but there is no such backend"),
-    "backend of torch": (["--backend", "cpu", "--optimizer", "torch"], "but it is for --optimizer texp"),
+    "backend of torch": (["--backend", "cpu", "--optimizer", "torch"], "but it is for --optimizer texp and lars"),
     "both": (["--float64", "--amp", "bf16"], "it does not go with --amp bf16"),
     "no figure": (["--plot", "a.csv"], "cannot write a figure to a.csv: its name must end in .png or .pdf or .svg"),
     "no folder": (["--csv", "no/such/folder/a.csv"], "No such file or directory"),
