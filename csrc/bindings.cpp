@@ -55,23 +55,13 @@ void apply(const py::tuple& row, const py::iterable& entries) {
   list.bump_versions();
 }
 
-// Phase 2: float64 [n, 2], ‖p‖² and ‖g‖² of each entry, where they are. stream: of a CUDA device, its address.
-py::object reduce(const py::iterable& entries, const std::string& device, uintptr_t stream) {
+// Phase 2 of each entry; texp.backends.reference.reduce defines it. stream: of a CUDA device, its address.
+py::object reduce_entries(const py::iterable& entries, int reduction, const std::string& device, uintptr_t stream) {
   const at::NoGradGuard no_grad;
   TensorList list{c10::Device(device)};
   take(list, entries, 0);
-  const auto room = [&](int64_t n) { return at::empty({n, 2}, at::TensorOptions().dtype(at::kDouble).device(list.device())); };
-  const at::Tensor sums = room(list.size());
-  double* to = sums.mutable_data_ptr<double>();
-  if (list.device().is_cpu()) {
-    const py::gil_scoped_release release;
-    cpu::reduce(list.entries(), list.size(), to);
-  } else {
-    const at::Tensor workspace = room((texp_cuda_reduce_workspace(list.entries(), list.size()) + 1) / 2);
-    raise_if(texp_cuda_reduce(list.device().index(), reinterpret_cast<void*>(stream), list.entries(), list.size(), to,
-                              workspace.mutable_data_ptr<double>()));
-  }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(sums));
+  list.stream = reinterpret_cast<void*>(stream);
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(reduce(list, static_cast<Reduction>(reduction), {})));
 }
 
 // Of the structs of tables.h, their sizes and where their fields are, in bytes.
@@ -118,16 +108,19 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init<py::object, py::object, const py::object&, const py::object&>(), py::kw_only(), py::arg("check_scale"),
            py::arg("current_stream"), py::arg("cpu") = true, py::arg("cuda") = false)
       .def("step", &Stepper::step, py::arg("groups"), py::arg("norm_stats"), py::arg("state"), py::arg("grad_scale"),
-           py::arg("momentum_dtype"), py::arg("check"))
+           py::arg("momentum_dtype"), py::arg("check"), py::arg("clip"), py::arg("reduce_rest"))
       .def("step_on_device", &Stepper::step_on_device, py::arg("groups"), py::arg("norm_stats"), py::arg("state"),
            py::arg("momentum_dtype"), py::arg("device_state"), py::arg("grad_scale"), py::arg("found_inf"),
-           py::arg("capturing"))
+           py::arg("capturing"), py::arg("clip"))
       .def("apply_rows", &Stepper::apply_rows, py::arg("work"), py::arg("check"))
+      .def_readonly("grad_norm", &Stepper::grad_norm)
       .def_readonly_static("FALLBACK", &Stepper::kFallback)
       .def_readonly_static("AVERAGED", &Stepper::kAveraged)
-      .def_readonly_static("CAPTURING", &Stepper::kCapturing);
+      .def_readonly_static("CAPTURING", &Stepper::kCapturing)
+      .def_readonly_static("NONFINITE", &Stepper::kNonfinite);
   module.def("apply", &texp::apply, py::arg("row"), py::arg("entries"));
-  module.def("reduce", &texp::reduce, py::arg("entries"), py::arg("device") = "cpu", py::arg("stream") = 0);
+  module.def("reduce", &texp::reduce_entries, py::arg("entries"), py::arg("reduction"), py::arg("device") = "cpu",
+             py::arg("stream") = 0);
   module.def("advance", &texp::advance_tuple, py::arg("scale"), py::arg("hyper"), py::arg("first"), py::arg("grad_scale"));
   module.def("layout", &texp::layout);
   module.def("cpu_variants", &texp::cpu_variants);

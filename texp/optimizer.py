@@ -8,6 +8,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from texp import backends, theory
 from texp.step import buffers, folding, gather, groups, norm_stats
+from texp.step.clip import Clip
 from texp.step.device_state import DeviceScaleState
 from texp.step.fallback import Fallback
 from texp.step.folding import Folded
@@ -28,7 +30,13 @@ from texp.torch_internals import (
 )
 
 # Options of the whole optimizer rather than of a group; pickled with it.
-_OPTIONS = {"_backend": None, "_step_supports_amp_scaling": False, "capturable": False, "momentum_dtype": None}
+_OPTIONS = {
+    "_backend": None,
+    "_clip": Clip(),
+    "_step_supports_amp_scaling": False,
+    "capturable": False,
+    "momentum_dtype": None,
+}
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -59,6 +67,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             the rows of a step; maximize, foreach, differentiable and fused, as torch has them; and others. A subclass
             that allows `differentiable` has a :meth:`_differentiable_step`.
         backend, capturable, momentum_dtype: as texp.SGD has them.
+        clip: how gradients are clipped.
     """
 
     def __init__(
@@ -69,11 +78,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         backend: str | None,
         capturable: bool,
         momentum_dtype: torch.dtype | None,
+        clip: Clip = _OPTIONS["_clip"],
     ) -> None:
         if defaults["differentiable"] and backend not in (None, "reference"):
             raise RuntimeError(f"backend={backend!r} was requested, but a differentiable step is torch's own")
         if momentum_dtype not in (None, *_FLOATING):
             raise ValueError(f"momentum_dtype must be None or one of {_FLOATING}, got {momentum_dtype!r}")
+        self._clip = clip
+        self._check_clip(defaults, capturable)
         self._backend = backend
         self.capturable = capturable
         self.momentum_dtype = momentum_dtype
@@ -106,7 +118,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._device: DeviceScaleState | None = None  # P and κ, while they are there
         # Captured graphs refer to these by address: they outlive the loading of a state dict.
         self._captured: list[tuple] = self.__dict__.get("_captured", [])
-        self._skipped: bool | Tensor = False
+        self._skipped: bool | Tensor | Callable[[], bool] = False
+        self._grad_norm: float | Tensor | None = None
 
     def _use(self, kernels: backends.Kernels) -> None:
         self._kernels = kernels
@@ -119,10 +132,47 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last step() changed nothing because a GradScaler had found an inf or a NaN. Reading it waits
-        for the device. Without fused=True a GradScaler does not even call step() then, and this keeps its value.
+        """Whether the last step() changed nothing because a GradScaler had found an inf or a NaN, or, with
+        skip_nonfinite=True, because the norm of the gradients was not finite. Reading it waits for the device.
+        Without fused=True a GradScaler does not even call step() then, and this keeps its value.
         """
-        return bool(self._skipped)
+        return bool(self._skipped() if callable(self._skipped) else self._skipped)
+
+    @property
+    @unwrapped
+    def grad_norm(self) -> Tensor | None:
+        """The norm that the gradients of the last step had at θ before they were clipped: float64, of shape (), on
+        the GPU if the step was computed there, without waiting for it. None before the first step that clips.
+        """
+        if isinstance(norm := self._grad_norm, Tensor):
+            return norm[0].clone()
+        return None if norm is None else torch.tensor(norm, dtype=torch.float64, device="cpu")
+
+    @property
+    @unwrapped
+    def max_norm(self) -> float | None:
+        """The greatest norm of the gradients, to which they are clipped; None: they are not. It may be set between
+        steps; ValueError if it is negative or NaN. A captured graph keeps that of its capture.
+        """
+        return self._clip.max_norm
+
+    @max_norm.setter
+    @unwrapped
+    def max_norm(self, max_norm: float | None) -> None:
+        before, self._clip = self._clip, replace(self._clip, max_norm=max_norm)
+        try:
+            self._check_clip(self.defaults, self.capturable)
+        except ValueError:
+            self._clip = before
+            raise
+
+    def _check_clip(self, defaults: dict[str, Any], capturable: bool) -> None:
+        if self._clip.limit is not None and defaults["differentiable"]:
+            raise ValueError("a differentiable step cannot clip: it is torch's own")
+        if self._clip.error_if_nonfinite and capturable:
+            raise ValueError(
+                "error_if_nonfinite waits for the device, which a capturable step cannot; skip_nonfinite does not"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; see torch.optim.Optimizer.add_param_group. As in torch the dict itself becomes the group.
@@ -200,7 +250,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scale is None and found_inf is None and not self.capturable:
+        clips_there = self._clip.limit is not None and self._kernels.scale_on
+        if scale is None and found_inf is None and not self.capturable and not clips_there:
             if self._device is not None:
                 self._leave_device()
             self._skipped = False
@@ -222,15 +273,26 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step_on_host(self, grad_scale: float) -> None:
         """Takes a step whose rows are computed on the host."""
-        stepper = self._stepper
+        stepper, clip = self._stepper, self._clip
         if self.defaults["differentiable"]:
             return self._differentiable_step()
         if stepper is None or (self._kernels.launcher is not None and self._refuse_capture()):
             return self._step_in_plain_torch(grad_scale)
         result = stepper.step(
-            self.param_groups, self._norm_stats, self.state, grad_scale, self.momentum_dtype, self._check_fallback
+            self.param_groups,
+            self._norm_stats,
+            self.state,
+            grad_scale,
+            self.momentum_dtype,
+            self._check_fallback,
+            clip.limit,
+            clip.reduce,
         )
+        if clip.limit is not None:
+            self._grad_norm = stepper.grad_norm
         if result:
+            if result & stepper.NONFINITE:
+                self._skip_nonfinite()
             if result & stepper.CAPTURING and self._refuse_capture():
                 self._step_in_plain_torch(grad_scale)
             if result & stepper.AVERAGED:
@@ -254,8 +316,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         groups that is what torch's own step does.
         """
         stats = self._norm_stats.found(self.param_groups)
-        gather.step(self.param_groups, stats, self.state, grad_scale, self.momentum_dtype)
+        norm = gather.step(self.param_groups, stats, self.state, grad_scale, self.momentum_dtype, self._clip)
+        if norm is not None:
+            self._grad_norm = norm
+            if self._clip.refuses(norm):
+                self._skip_nonfinite()
         self._find_kernels_if_moved(p for group in self.param_groups for p in group["params"])
+
+    def _skip_nonfinite(self) -> None:
+        self._clip.refuse()
+        self._skipped = True
 
     def _check_fallback(self, left: list[tuple]) -> None:
         """Called by the core with the tensors that it leaves to plain torch; raises where these cannot be stepped."""
@@ -271,9 +341,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Takes a step of which the host does not know whether, or when, it is taken, if this is one: it may be
         skipped, or is captured in a graph. Returns whether it did.
         """
-        on = self._kernels.scale_on
-        if not self.capturable and not (isinstance(found_inf, Tensor) and found_inf.device.type == on):
-            return False
+        on, clip = self._kernels.scale_on, self._clip
+        if not self.capturable:
+            only_clips = scale is None and found_inf is None
+            if clip.error_if_nonfinite or not (
+                only_clips or (isinstance(found_inf, Tensor) and found_inf.device.type == on)
+            ):
+                return False
         if not self.capturable:
             self._refuse_capture()
         capturing = on == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -282,6 +356,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             why = self._make_device_state(on, capturing) or self._ask_device(scale, found_inf, capturing)
         if why is None:
             self._skipped = False if found_inf is None else found_inf
+            if clip.limit is not None:
+                norm = self._grad_norm = self._device.norm
+                if clip.skip_nonfinite:
+                    self._skipped = lambda: bool(found_inf) or not norm.isfinite()
         elif self.capturable:
             raise RuntimeError(f"capturable=True was requested, but {why}")
         return why is None
@@ -304,6 +382,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=device),
             None if found_inf is None else torch.as_tensor(found_inf, dtype=torch.float32, device=device),
             capturing,
+            self._clip.limit,
         )
 
     def _first_device(self, device_type: str) -> torch.device | None:

@@ -7,6 +7,7 @@ from torch.optim.sgd import sgd as torch_sgd
 from texp import theory
 from texp.optimizer import FusedOptimizer, unwrapped
 from texp.step import buffers, groups
+from texp.step.clip import Clip
 from texp.torch_internals import disable_dynamo
 
 
@@ -41,6 +42,15 @@ class SGD(FusedOptimizer):
             Hyperparameters may then be float32 or float64 tensors on the device; numbers are fixed by the capture.
             Take a step before each capture. Needs "cuda" or "triton"; default False. An option of the optimizer, not
             of a group.
+        max_norm: clip the gradients of all groups to this norm, as torch.nn.utils.clip_grad_norm_ before the step
+            would, by the norm that they have at θ; they are not modified. None, the default: do not clip. An option
+            of the optimizer, as the next three: :attr:`max_norm` may be set between steps, :attr:`grad_norm` is the
+            norm.
+        norm_type: 2, the default, or inf.
+        error_if_nonfinite: RuntimeError, and no step, if the norm is not finite, for which the device is waited for.
+            Default False: then the step is taken, and weights become NaN.
+        skip_nonfinite: a step whose norm is not finite changes nothing, and :attr:`step_was_skipped` is True. Default
+            False. Works without max_norm, too, and without waiting for the device.
         momentum_dtype: the dtype of momentum buffers, such as float32 for weights in bfloat16, or bfloat16 for
             weights in float32. None, the default: the dtype to which torch promotes parameter and gradient.
 
@@ -96,6 +106,10 @@ class SGD(FusedOptimizer):
         backend: str | None = None,
         capturable: bool = False,
         momentum_dtype: torch.dtype | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         # The errors of torch.optim.SGD, in its order and words; NaN and infinity, which it accepts, are refused.
         if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -114,7 +128,10 @@ class SGD(FusedOptimizer):
         defaults.update(maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused)
         if scale_invariant:
             defaults["scale_invariant"] = True
-        super().__init__(params, defaults, backend=backend, capturable=capturable, momentum_dtype=momentum_dtype)
+        clip = Clip(max_norm, norm_type, error_if_nonfinite, skip_nonfinite)
+        super().__init__(
+            params, defaults, backend=backend, capturable=capturable, momentum_dtype=momentum_dtype, clip=clip
+        )
 
     @unwrapped
     def log10_lr(self) -> list[float]:

@@ -104,6 +104,13 @@ class Step(NamedTuple):
         return Row(s_p={1: self.growth, 2: self.growth * self.growth}.get(power) or self.growth**power)
 
 
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of that norm are multiplied by to have one of `max_norm` at most, as in
+    torch.nn.utils.clip_grad_norm_; NaN where the norm is not finite.
+    """
+    return min(1.0, max_norm / (norm + 1e-6)) if norm < math.inf else math.nan
+
+
 def advance(scale: Scale, hyper: Hyperparameters, *, first: bool = False, grad_scale: float = 1.0) -> Step:
     """One step of a group: its rows and its next scale.
 

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -190,29 +191,64 @@ TEXP_INLINE void span(const TensorEntry& t, const Rows& rows, int64_t offset, in
   span_mixed<float, self>(t, rows, offset, n);
 }
 
-// The same code for each instruction set; which one runs is decided once, by what the processor has.
-void span_any(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) { span<span_any>(t, rows, offset, n); }
+// Sums are made of tiles of so many elements, each in float64 and by so many running sums, whatever runs them.
+constexpr int64_t kSumTile = 4096;
+constexpr int kLanes = 16;
 
-#if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx2,fma"))) void span_avx2(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
-  span<span_avx2>(t, rows, offset, n);
+struct Squares {
+  TEXP_INLINE static double of(double x) { return x * x; }
+  TEXP_INLINE static double combine(double a, double b) { return a + b; }
+};
+
+struct Largest {
+  TEXP_INLINE static double of(double x) { return std::abs(x); }
+  TEXP_INLINE static double combine(double a, double b) { return b > a || b != b ? b : a; }  // NaN stays NaN
+};
+
+// Of one tile.
+template <class Sum>
+TEXP_INLINE double reduce(const void* tensor, Dtype dtype, int64_t offset, int64_t n) {
+  if (tensor == nullptr) return 0;
+  double lanes[kLanes] = {};
+  as_elements<double>(const_cast<void*>(tensor), dtype, offset, [&](const auto* x) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = Sum::combine(lanes[lane], Sum::of(load(x[i + lane])));
+    for (int lane = 0; i < n; ++i, ++lane) lanes[lane] = Sum::combine(lanes[lane], Sum::of(load(x[i])));
+  });
+  double sum = 0;
+  for (const double of : lanes) sum = Sum::combine(sum, of);
+  return sum;
 }
 
+TEXP_INLINE double reduce(const void* tensor, Dtype dtype, int64_t offset, int64_t n, bool max) {
+  return max ? reduce<Largest>(tensor, dtype, offset, n) : reduce<Squares>(tensor, dtype, offset, n);
+}
+
+// The same code for each instruction set; which one runs is decided once, by what the processor has.
+#define TEXP_VARIANT(name, target)                                                                       \
+  target void span_##name(const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {           \
+    span<span_##name>(t, rows, offset, n);                                                               \
+  }                                                                                                      \
+  target double reduce_##name(const void* tensor, Dtype dtype, int64_t offset, int64_t n, bool max) {    \
+    return reduce(tensor, dtype, offset, n, max);                                                        \
+  }
+
+TEXP_VARIANT(any, )
+#if defined(__x86_64__) && defined(__GNUC__)
+TEXP_VARIANT(avx2, __attribute__((target("avx2,fma"))))
 #if defined(__clang__)  // whose vectors are as wide as this without being asked
 #define TEXP_WIDE ""
 #else
 #define TEXP_WIDE ",prefer-vector-width=512"
 #endif
-
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma" TEXP_WIDE))) void span_avx512(
-    const TensorEntry& t, const Rows& rows, int64_t offset, int64_t n) {
-  span<span_avx512>(t, rows, offset, n);
-}
+TEXP_VARIANT(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma" TEXP_WIDE))))
 #endif
 
 struct Variant {
   std::string name;
   Span span;
+  double (*reduce)(const void* tensor, Dtype dtype, int64_t offset, int64_t n, bool max);
 };
 
 // Those that this processor can run, the best first.
@@ -224,37 +260,31 @@ const std::vector<Variant>& variants() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx2 && avx512) all.push_back({"avx512", span_avx512});
-    if (avx2) all.push_back({"avx2", span_avx2});
+    if (avx2 && avx512) all.push_back({"avx512", span_avx512, reduce_avx512});
+    if (avx2) all.push_back({"avx2", span_avx2, reduce_avx2});
 #endif
-    all.push_back({"any", span_any});
+    all.push_back({"any", span_any, reduce_any});
     return all;
   }();
   return found;
 }
 
-Span chosen = variants().front().span;
+const Variant nothing{"nothing", [](const TensorEntry&, const Rows&, int64_t, int64_t) {},
+                      [](const void*, Dtype, int64_t, int64_t, bool) { return 0.0; }};
+
+const Variant* chosen = &variants().front();
 
 // Fewer elements than this are not worth waking another thread for; torch's own threshold.
 constexpr int64_t kGrain = 32768;
 
-// Sums of squares are made of tiles of so many elements, each in float64 and by so many running sums, whatever runs them.
-constexpr int64_t kSumTile = 4096;
-constexpr int kLanes = 16;
-
-double sum_of_squares(const void* tensor, Dtype dtype, int64_t offset, int64_t n) {
-  if (tensor == nullptr) return 0;
-  double lanes[kLanes] = {};
-  as_elements<double>(const_cast<void*>(tensor), dtype, offset, [&](const auto* x) {
-    const auto add = [&](int lane, double value) { lanes[lane] += value * value; };
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) add(lane, load(x[i + lane]));
-    for (int lane = 0; i < n; ++i, ++lane) add(lane, load(x[i]));
-  });
-  double sum = 0;
-  for (const double of : lanes) sum += of;
-  return sum;
+// Calls run(begin, end) for all tiles, which have so many elements in all.
+template <class Run>
+void in_parallel(int64_t tiles, int64_t elements, const Run& run) {
+  if (elements <= kGrain) {
+    run(0, tiles);
+  } else {
+    at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (elements / tiles)), run);
+  }
 }
 
 }  // namespace
@@ -275,35 +305,38 @@ void cpu::apply(const TensorEntry* tensors, int64_t n, const Tiles& tiles, const
       const int64_t stop = std::min(end, first[i + 1]);
       if (tile == stop) continue;  // an empty tensor
       const int64_t offset = (tile - first[i]) * kTile;
-      chosen(tensors[i], rows, offset, std::min(tensors[i].numel, (stop - first[i]) * kTile) - offset);
+      chosen->span(tensors[i], rows, offset, std::min(tensors[i].numel, (stop - first[i]) * kTile) - offset);
       tile = stop;
     }
   };
-  const int64_t count = first[n];
-  if (tiles.elements <= kGrain) {
-    run(0, count);
-  } else {
-    at::parallel_for(0, count, std::max<int64_t>(1, kGrain / (tiles.elements / count)), run);
-  }
+  in_parallel(first[n], tiles.elements, run);
 }
 
-void cpu::reduce(const TensorEntry* tensors, int64_t n, double* sums) {
+void cpu::reduce(const TensorEntry* tensors, int64_t n, Reduction reduction, double* sums) {
+  const bool max = reduction == Reduction::grad_max, reads_p = reduction == Reduction::squares;
   std::vector<int64_t> first(n + 1);
-  for (int64_t i = 0; i < n; ++i) first[i + 1] = first[i] + tiles_of(tensors[i].numel, kSumTile);
-  std::vector<double> parts(2 * first[n]);
-  at::parallel_for(0, first[n], std::max<int64_t>(1, kGrain / kSumTile), [&](int64_t tile, int64_t end) {
-    for (; tile < end; ++tile) {
-      const int64_t i = tensor_of(tile, first.data(), n), offset = (tile - first[i]) * kSumTile;
-      const TensorEntry& t = tensors[i];
-      const int64_t count = std::min(kSumTile, t.numel - offset);
-      parts[2 * tile] = sum_of_squares(t.p, t.dtypes.p(), offset, count);
-      parts[2 * tile + 1] = sum_of_squares(t.g, t.dtypes.g(), offset, count);
-    }
-  });
+  int64_t elements = 0;
   for (int64_t i = 0; i < n; ++i) {
-    sums[2 * i] = sums[2 * i + 1] = 0;
-    for (int64_t tile = first[i]; tile < first[i + 1]; ++tile)
-      for (int k = 0; k < 2; ++k) sums[2 * i + k] += parts[2 * tile + k];
+    first[i + 1] = first[i] + tiles_of(tensors[i].numel, kSumTile);
+    elements += tensors[i].numel;
+  }
+  std::vector<double> parts(2 * first[n]);
+  const auto run = [&](int64_t tile, int64_t end) {
+    for (int64_t i = tile < end ? tensor_of(tile, first.data(), n) : n; tile < end; ++tile) {
+      while (first[i + 1] <= tile) ++i;
+      const TensorEntry& t = tensors[i];
+      const int64_t offset = (tile - first[i]) * kSumTile, count = std::min(kSumTile, t.numel - offset);
+      if (reads_p) parts[2 * tile] = chosen->reduce(t.p, t.dtypes.p(), offset, count, max);
+      parts[2 * tile + 1] = chosen->reduce(t.g, t.dtypes.g(), offset, count, max);
+    }
+  };
+  in_parallel(first[n], elements, run);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int k = reads_p ? 0 : 1; k < 2; ++k) {
+      double& sum = sums[2 * i + k] = 0;
+      for (int64_t tile = first[i]; tile < first[i + 1]; ++tile)
+        sum = max ? Largest::combine(sum, parts[2 * tile + k]) : Squares::combine(sum, parts[2 * tile + k]);
+    }
   }
 }
 
@@ -314,14 +347,11 @@ std::vector<std::string> cpu_variants() {
 }
 
 void use_cpu_variant(const std::string& name) {
-  if (name == "nothing") {
-    chosen = [](const TensorEntry&, const Rows&, int64_t, int64_t) {};
-    return;
-  }
   const auto named = [&](const Variant& variant) { return variant.name == name; };
   const auto found = std::find_if(variants().begin(), variants().end(), named);
-  if (found == variants().end()) throw std::invalid_argument("this processor cannot run the variant " + name);
-  chosen = found->span;
+  if (found == variants().end() && name != nothing.name)
+    throw std::invalid_argument("this processor cannot run the variant " + name);
+  chosen = found == variants().end() ? &nothing : &*found;
 }
 
 }  // namespace texp

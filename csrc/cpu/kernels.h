@@ -49,8 +49,9 @@ namespace cpu {
 // Applies to each tensor its row, in one pass over one index space, split over torch's threads.
 void apply(const TensorEntry* tensors, int64_t n, const Tiles& tiles, const Rows& rows);
 
-// Writes ‖p‖² and ‖g‖² of each tensor to sums[2·i] and sums[2·i + 1]: the same bits whatever the number of threads.
-void reduce(const TensorEntry* tensors, int64_t n, double* sums);
+// Writes ‖p‖² and ‖g‖² of each tensor, or max |g|, to sums[2·i] and sums[2·i + 1]: the same bits whatever the number of
+// threads. Of a reduction that does not read p, sums[2·i] is left as it is.
+void reduce(const TensorEntry* tensors, int64_t n, Reduction reduction, double* sums);
 
 }  // namespace cpu
 

@@ -171,6 +171,27 @@ class Gather {
     return left;
   }
 
+  // Makes the rows again, for gradients that are multiplied by this. Whether a row changes nothing does not depend on it.
+  void multiply_gradients(double factor) {
+    grad_scale_ /= factor;
+    make_rows();
+  }
+
+  // Of the group that a row is for.
+  const Scale& scale_of(int32_t row) const { return updates[row_sources[row].update].scale; }
+
+  // Keeps everything that Python code may drop.
+  void hold() {
+    hold_groups();
+    for_each_list([](TensorList& list) { list.hold(); });
+    for (const NewBuffer& made : new_buffers) keep(made.param);
+    for (Fallback& of : fallback) {
+      keep(of.param.object);
+      if (of.param.grad != nullptr) of.param.grad = &grads_of_fallback_.emplace_back(*of.param.grad);
+      if (of.param.buf != nullptr) keep(of.param.buf);
+    }
+  }
+
   // Keeps what a launcher, which is Python code, may drop; the tensors themselves are not needed after it.
   void hold_for_launch(TensorList& list) {
     list.hold_memory();
@@ -407,8 +428,15 @@ class Gather {
     return static_cast<int32_t>(requests.size()) - 1;
   }
 
-  // Phase 3 on the host: P, κ and every row.
+  // Phase 3 on the host: P, κ and every row. Tensors that their rows leave as they are are taken out.
   void advance() {
+    if (!make_rows()) return;
+    for_each_list([&](TensorList& list) { list.remove_if([&](int32_t row) { return row_keeps_[row]; }); });
+    std::erase_if(fallback, [&](const Fallback& of) { return row_keeps_[of.row]; });
+  }
+
+  // Returns whether there are rows that change nothing.
+  bool make_rows() {
     for (GroupUpdate& update : updates) update.step = texp::advance(update.scale, update.h, update.first, grad_scale_);
     row_keeps_.assign(row_sources.size(), false);
     bool any_keeps = false;
@@ -426,9 +454,7 @@ class Gather {
       any_keeps = any_keeps || row_keeps_[i];
       rows.set(static_cast<int32_t>(i), row);
     }
-    if (!any_keeps) return;
-    for_each_list([&](TensorList& list) { list.remove_if([&](int32_t row) { return row_keeps_[row]; }); });
-    std::erase_if(fallback, [&](const Fallback& of) { return row_keeps_[of.row]; });
+    return any_keeps;
   }
 
   bool all_rows_fit() const {
@@ -556,17 +582,6 @@ class Gather {
     is_held = true;
     for (const Rescaled& of : rescaled) keep(of.stored.group);
     for (PyObject* group : started) keep(group);
-  }
-
-  void hold() {
-    hold_groups();
-    for_each_list([](TensorList& list) { list.hold(); });
-    for (const NewBuffer& made : new_buffers) keep(made.param);
-    for (Fallback& of : fallback) {
-      keep(of.param.object);
-      if (of.param.grad != nullptr) of.param.grad = &grads_of_fallback_.emplace_back(*of.param.grad);
-      if (of.param.buf != nullptr) keep(of.param.buf);
-    }
   }
 
   // Null: tensors there are not taken.

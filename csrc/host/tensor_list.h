@@ -197,7 +197,7 @@ class TensorList {
   // Keeps tensors and their memory, which Python code that runs before or during the step may drop.
   void hold() {
     for (size_t i = 0; i < size_; ++i)
-      for (c10::TensorImpl* impl : {impls_[i].p, impls_[i].b})
+      for (c10::TensorImpl* impl : {impls_[i].p, impls_[i].g, impls_[i].b})
         if (impl != nullptr) held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
     hold_memory();
   }

@@ -63,8 +63,8 @@ class Backend(ABC):
         return True
 
     @abstractmethod
-    def reduce(self, entries: Iterable) -> Tensor:
-        """Sums of squares, as defined by texp.backends.reference.reduce."""
+    def reduce(self, entries: Iterable, reduction: str = "squares") -> Tensor:
+        """As texp.backends.reference.reduce defines it."""
 
 
 def reason_of_core() -> str:

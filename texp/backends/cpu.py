@@ -6,7 +6,7 @@ from torch import Tensor
 
 from texp import native
 from texp.backends.base import Backend, reason_of_core
-from texp.backends.reference import Entry
+from texp.backends.reference import REDUCTIONS, Entry
 
 
 class Cpu(Backend):
@@ -18,5 +18,5 @@ class Cpu(Backend):
     def reason(self) -> str:
         return reason_of_core()
 
-    def reduce(self, entries: Iterable[Entry]) -> Tensor:
-        return native.core().reduce(list(entries))
+    def reduce(self, entries: Iterable[Entry], reduction: str = "squares") -> Tensor:
+        return native.core().reduce(list(entries), REDUCTIONS.index(reduction))

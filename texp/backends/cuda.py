@@ -49,9 +49,10 @@ class Cuda(Backend):
             return False
         return True
 
-    def reduce(self, entries: Iterable[Entry]) -> Tensor:
+    def reduce(self, entries: Iterable[Entry], reduction: str = "squares") -> Tensor:
         entries = list(entries)
         if not entries:
             return reference.reduce(entries)
         device = entries[0].param.device
-        return native.core().reduce(entries, str(device), current_raw_stream(device.index))
+        stream = current_raw_stream(device.index)
+        return native.core().reduce(entries, reference.REDUCTIONS.index(reduction), str(device), stream)

@@ -1,4 +1,4 @@
-"""Rows and sums of squares in plain torch: any device, any dtype. This is the definition that other backends are
+"""Rows and reductions in plain torch: any device, any dtype. This is the definition that other backends are
 tested against, so it is written to read like the four equations of texp.theory.Row.
 """
 
@@ -62,33 +62,46 @@ def apply(row: Row, entries: Iterable[Entry], *, foreach: bool | None = None, sh
             _apply(row, part)
 
 
+REDUCTIONS = ("squares", "grad_squares", "grad_max")  # in the order of csrc/tables.h
+
+
 @torch.no_grad()
-def reduce(entries: Iterable[Entry]) -> Tensor:
+def reduce(entries: Iterable[Entry], reduction: str = "squares") -> Tensor:
     """‖p‖² and ‖g‖² of each entry: float64 of shape [n, 2], on the device of the entries.
 
     Elements are squared and added in float64, in an order that depends on the shape and strides of a tensor alone:
     the sums have the same bits in every run, whatever the number of threads. A missing gradient counts as 0, a sparse
     one as the dense tensor that it stands for; for complex numbers, absolute values are squared. For a DTensor the
     sum is over all shards, which takes a collective: all of its processes must call this.
+
+    Args:
+        reduction: "squares"; "grad_squares" for ‖g‖² alone, or "grad_max" for max |g| in its place, NaN where an
+            element is NaN: p is then not read, and what stands in its column is of no account.
     """
     sums = [
-        torch.zeros((), dtype=torch.float64, device=entry.param.device) if x is None else _sum_of_squares(x)
+        torch.zeros((), dtype=torch.float64, device=entry.param.device)
+        if x is None or (column == 0 and reduction != "squares")
+        else _reduced(x, reduction == "grad_max")
         for entry in entries
-        for x in entry[:2]
+        for column, x in enumerate(entry[:2])
     ]
     return torch.stack(sums).view(-1, 2) if sums else torch.zeros(0, 2, dtype=torch.float64)
 
 
-def _sum_of_squares(x: Tensor) -> Tensor:
+def _reduced(x: Tensor, is_max: bool) -> Tensor:
     if x.layout == torch.sparse_coo:
         x = x.coalesce().values()
-    if type(x) not in PLAIN:
-        total = x.to(torch.promote_types(x.dtype, torch.float64)).abs().square().sum()
-        return total.full_tensor() if hasattr(total, "full_tensor") else total
     total = torch.zeros((), dtype=torch.float64, device=x.device)
+    if type(x) not in PLAIN:
+        values = x.to(torch.promote_types(x.dtype, torch.float64)).abs()
+        total = (values.amax() if is_max else values.square().sum()) if x.numel() else total
+        return total.full_tensor() if hasattr(total, "full_tensor") else total
     for piece in _split(Entry(x), SUMMED):
-        values = torch.view_as_real(piece.param.resolve_conj()) if x.is_complex() else piece.param
-        total += values.double().square().sum()
+        if is_max:
+            total = torch.maximum(total, piece.param.abs().amax().double())
+        else:
+            values = torch.view_as_real(piece.param.resolve_conj()) if x.is_complex() else piece.param
+            total += values.double().square().sum()
     return total
 
 
@@ -235,5 +248,5 @@ class Reference(Backend):
     def kernel(self) -> bool:
         return False
 
-    def reduce(self, entries: Iterable[Entry]) -> Tensor:
-        return reduce(entries)
+    def reduce(self, entries: Iterable[Entry], reduction: str = "squares") -> Tensor:
+        return reduce(entries, reduction)

@@ -34,7 +34,7 @@ class Triton(Backend):
     def kernel(self) -> Any:
         return _kernels()[0].Launcher()
 
-    def reduce(self, entries: Iterable[Entry]) -> Tensor:
+    def reduce(self, entries: Iterable[Entry], reduction: str = "squares") -> Tensor:
         launch = _kernels()[0]
         dense = [[x if x is None else x.contiguous() for x in entry[:2]] for entry in entries]
         if not dense:
@@ -46,7 +46,8 @@ class Triton(Backend):
                 launch.layout.DTYPES.index(str(x.dtype).removeprefix("torch.")) for x in (p, p if g is None else g)
             )
             row.dtypes = of_p | of_g << 2 | of_p << 4
-        return launch.Launcher().reduce(str(dense[0][0].device), memoryview(table).cast("B"))
+        number = reference.REDUCTIONS.index(reduction)
+        return launch.Launcher().reduce(str(dense[0][0].device), memoryview(table).cast("B"), number)
 
 
 def missing() -> str:

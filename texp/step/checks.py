@@ -54,10 +54,12 @@ def check_tensors(index: int, entry: Entry) -> None:
 
 
 def check_row(index: int, row: Row, entry: Entry) -> None:
-    """Raises for a row that the arithmetic of these tensors cannot hold."""
+    """Raises for a row that the arithmetic of these tensors cannot hold. It may have NaN, where gradients are clipped
+    by a norm that is not finite.
+    """
     dtype = reference.arithmetic(entry)
     limit = torch.finfo(dtype).max
-    if not all(abs(x) <= limit for x in row):
+    if any(abs(x) > limit for x in row):
         raise ValueError(
             f"parameter group {index}: a step with these hyperparameters leaves the range of the arithmetic of "
             f"{dtype}, {limit:.3g}: {row}"

@@ -22,7 +22,9 @@ class DeviceScaleState:
         scales: float64, one row for each group: P, κ and, as int64, the exponent and whether any tensor has taken its
             first step with momentum.
         momentum_initialized: uint8, one for each parameter: whether it has taken that step.
-        workspace: for the rows of a step; allocated by the first step.
+        norm: float64, of one element: the norm of the gradients of the last step that clipped them.
+        workspace, norm_workspace: for the rows of a step, and for what the norm is made of; allocated by the first
+            step.
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], device: torch.device) -> None:
@@ -30,7 +32,9 @@ class DeviceScaleState:
         self.params = [p for group in param_groups for p in group["params"]]
         self._parked: dict[Tensor, Tensor] = {}  # buffers whose first step was skipped, hidden from the host
         self.scales, self.momentum_initialized = (x.to(device) for x in self._from_host(state))
+        self.norm = torch.zeros(1, dtype=torch.float64, device=device)
         self.workspace: Tensor | None = None
+        self.norm_workspace: Tensor | None = None
 
     def is_of(self, param_groups: list[dict[str, Any]]) -> bool:
         """Whether these are still the same groups with the same scales."""

@@ -1,6 +1,6 @@
-"""A step in Python: gather which tensors it changes, advance the scale and the rows of each group, apply the rows.
-csrc/host does the same for the tensors that its kernels can take, and leaves the others to texp.step.fallback, to
-which all are left here.
+"""A step in Python: gather which tensors it changes, reduce their gradients if these are clipped, advance the scale
+and the rows of each group, apply the rows. csrc/host does the same for the tensors that its kernels can take, and
+leaves the others to texp.step.fallback, to which all are left here.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from torch import Tensor
 from texp import theory
 from texp.backends.reference import Entry
 from texp.step import buffers, checks, groups
+from texp.step.clip import Clip
 from texp.step.fallback import Fallback
 from texp.step.norm_stats import Found
 from texp.theory import Hyperparameters, Step
@@ -41,12 +42,21 @@ def step(
     state: dict[Tensor, Any],
     grad_scale: float,
     momentum_dtype: torch.dtype | None,
-) -> None:
+    clip: Clip,
+) -> float | None:
     """One step of all groups in plain torch; modifies parameters, momentum buffers, norm_stats and scales.
 
-    Raises before anything is changed.
+    Returns the norm of the gradients if they are clipped. Raises before anything is changed. Changes nothing either
+    where `clip` refuses the norm.
     """
     updates = gather(param_groups, stats, state)
+    norm = None
+    if clip.limit is not None:
+        entries = ((groups.scale_of(update.group).P, entry) for update in updates for _, entry in update.tensors)
+        norm = clip.norm((P, entry.grad) for P, entry in entries if entry.grad is not None) / grad_scale
+        if clip.refuses(norm):
+            return norm
+        grad_scale *= clip.divisor(norm)
     steps = [advance(update, grad_scale) for update in updates]
     fallback = Fallback(None, param_groups, state, momentum_dtype)
     for update, step in zip(updates, steps, strict=True):
@@ -56,6 +66,7 @@ def step(
     fallback.do()
     for update, step in zip(updates, steps, strict=True):
         update.finish(step)
+    return norm
 
 
 def gather(param_groups: list[dict[str, Any]], stats: Found, state: dict[Tensor, Any]) -> list[GroupUpdate]:
