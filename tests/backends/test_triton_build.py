@@ -48,7 +48,8 @@ def launch_all(launcher) -> None:
         momentum_initialized=torch.zeros(16, dtype=torch.uint8),
         norm=torch.zeros(1, dtype=torch.float64),
     )
-    for clip in (None, (1.0, layout.GRAD_SQUARES, False), (2.0, layout.GRAD_MAX, True)):
+    limits = ((x, reduction, x > 1) for x in (1.0, 2.0) for reduction in (layout.GRAD_SQUARES, layout.GRAD_MAX))
+    for clip in (None, *limits):
         tables = b"".join(given), bytes(56), bytes(24 * len(given))
         launcher.step_on_device(1, *tables, state, None, None, False, clip)
     launcher.reduce("cpu", b"".join(given))
