@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import functools
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +24,7 @@ if INTERPRETED:
 
 Bytes = bytes | bytearray | memoryview
 Launch = Callable[..., None]  # takes a stream, and the arguments that are not fixed
-Prepare = Callable[..., list[Launch]]
+Prepare = Callable[..., list]  # of launches
 Tiles = dict[int, Tensor]  # the table of tiles for each mix of dtypes (TensorEntry)
 
 _ENTRY, _GROUP = layout.offsets(layout.TensorEntry), layout.offsets(layout.GroupEntry)
@@ -35,9 +37,10 @@ _AS_IT_IS = contextlib.nullcontext()
 # `apply` that saves instructions and roundings, but P and κ are to have the bits that the host computes.
 _KERNELS = {
     kernels.apply: ("uint8 int64 float64 int32", True),
-    kernels.advance: ("uint8 uint8 float64 int32 uint8 float32 float32", False),
+    kernels.advance: ("uint8 uint8 float64 int32 float64 uint8 float32 float32 float64", False),
     kernels.reduce: ("uint8 int64 int64 float64", False),
     kernels.add: ("int64 float64 float64", False),
+    kernels.norm: ("uint8 uint8 float64 float64 float32 float64", False),
 }
 _compiled: dict[tuple, Any] = {}
 
@@ -176,7 +179,7 @@ class _Step:
         there = self.device.type == "cpu" or torch.cuda.current_device() == self.device.index
         return _AS_IT_IS if there else torch.cuda.device(self.device)
 
-    def launches(self, version: object, stream: int | None, tables: tuple, changing: bytes = b"") -> list[Launch]:
+    def launches(self, version: object, stream: int | None, tables: tuple, changing: bytes = b"") -> list:
         """The launches for these tables, which are uploaded unless those of this version are there.
 
         changing: one more table, which may also differ from the last one of the same version.
@@ -203,7 +206,7 @@ class _Step:
         if self._spare is None or len(self._spare) != self._last.size:
             self._spare = _pinned(self.device, self._last.size)
 
-    def captured(self, tables: tuple) -> list[Launch]:
+    def captured(self, tables: tuple) -> list:
         """Launches for a graph, which will read what is here again, and copy it again, when it is replayed."""
         shape, data = _shape(tables), bytearray().join(tables)
         known = next((known for (_, other), known in self._known.items() if other == shape), None)
@@ -228,21 +231,32 @@ def _with_rows(device: torch.device, tiles: Tiles, begins: Tensor, tensors: Tens
     return _applies(tiles, tensors, rows.view(torch.float64), None)
 
 
-def _on_device(device: torch.device, tiles: Tiles, begins: Tensor, tensors, groups, requests) -> list[Launch]:
-    rows = torch.empty(len(begins) - 1, 10, dtype=torch.float64, device=device)
-    skip = torch.empty(1, dtype=torch.int32, device=device)
-    count = len(groups) // _GROUP["size"]
-    advance = _prepare(kernels.advance, device, count, (_BLOCK,), groups, requests, rows, skip)
-    return [*_applies(tiles, tensors, rows, skip), advance]
-
-
-def _sums(device: torch.device, tiles: Tiles, begins: Tensor, tensors: Tensor) -> list[Launch]:
+def _sums(reduction: int, device: torch.device, tiles: Tiles, begins: Tensor, tensors: Tensor, *sums) -> list[Launch]:
     of_tiles = torch.empty(sum(map(len, tiles.values())), 2, dtype=torch.float64, device=device)
     made = []
     for kind, table in tiles.items():
-        constants = (*types_of(kind)[:2], tile_of(kind))
+        of_p, of_g, _ = types_of(kind)
+        constants = (of_p if reduction == layout.SQUARES else of_g, of_g, tile_of(kind), reduction)
         made.append(_prepare(kernels.reduce, device, len(table), constants, tensors, table, begins, of_tiles))
-    return [*made, _prepare(kernels.add, device, len(begins) - 1, (_BLOCK,), begins, of_tiles)]
+    constants = _BLOCK, reduction
+    return [*made, _prepare(kernels.add, device, len(begins) - 1, constants, begins, of_tiles, *sums)]
+
+
+def _on_device(
+    reduction: int | None, device: torch.device, tiles: Tiles, begins: Tensor, tensors, groups, requests, clip=None
+) -> list[list[Launch]]:
+    """One list for each phase, of which the first two are there for clipping: reduce, norm, advance, apply."""
+    n = len(begins) - 1
+    rows = torch.empty(n, 10, dtype=torch.float64, device=device)
+    skip = torch.empty(1, dtype=torch.int32, device=device)
+    reduces, norms = [], []
+    if clip is not None:
+        sums, clip = torch.empty(n, 2, dtype=torch.float64, device=device), clip.view(torch.float64)
+        reduces = _sums(reduction, device, tiles, begins, tensors, sums) if n else []
+        norms = [_prepare(kernels.norm, device, 1, (_BLOCK, reduction), groups, requests, clip, sums)]
+    count = len(groups) // _GROUP["size"]
+    advance = _prepare(kernels.advance, device, count, (_BLOCK,), groups, requests, rows, skip, clip)
+    return [reduces, norms, [advance], _applies(tiles, tensors, rows, skip)]
 
 
 class Launcher:
@@ -277,6 +291,7 @@ class Launcher:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         capturing: bool,
+        clip: tuple[float, int, bool] | None = None,
     ) -> None:
         """Advances groups whose P and κ are on a device, and applies to each tensor the row that it has requested.
 
@@ -285,22 +300,35 @@ class Launcher:
             state: has `scales`, where `groups` point to, and `momentum_initialized`: uint8, by slot.
             grad_scale, found_inf: float32 tensors of one element; None: 1 and 0.
             capturing: whether the step is being captured in a graph.
+            clip: by what the norm of all gradients is to be at most, layout.GRAD_SQUARES or GRAD_MAX, and whether a
+                norm that is not finite changes nothing. The norm is left in `state.norm`, one float64.
         """
-        step = self._step(state.scales.device, _on_device)
+        max_norm, reduction, skips_nonfinite = clip or (0.0, None, False)
+        step = self._step(state.scales.device, _on_device, reduction)
         tables = (tensors, groups or bytes(_GROUP["size"]), requests)
+        clipping = struct.pack("3d", max_norm, skips_nonfinite, len(tensors) // _ENTRY["size"]) if clip else b""
+        scale, norm = _argument(grad_scale), _argument(state.norm if clip else None)
+        to_advance = (_argument(state.momentum_initialized), scale, _argument(found_inf), norm)
         with step.is_current():
             stream = step.stream_of(step.device.index)
-            launches = step.captured(tables) if capturing else step.launches(version, stream, tables)
-            *applies, advance = launches
-            advance(stream, *map(_argument, (state.momentum_initialized, grad_scale, found_inf)))
-            for launch in applies:
-                launch(stream)
+            if capturing:
+                phases = step.captured((*tables, clipping) if clip else tables)
+            else:
+                phases = step.launches(version, stream, tables, clipping)
+            for launches, given in zip(phases, ((), (scale, norm), to_advance, ()), strict=True):
+                for launch in launches:
+                    launch(stream, *given)
             if self.capturable and not capturing:
                 step.reserve()
 
-    def reduce(self, device: str, tensors: Bytes) -> Tensor:
-        """‖p‖² and ‖g‖² of each tensor: float64, one row a tensor, with the same bits whenever it is called."""
-        step = self._step(device, _sums)
+    def reduce(self, device: str, tensors: Bytes, reduction: int = layout.SQUARES) -> Tensor:
+        """‖p‖² and ‖g‖² of each tensor: float64, one row a tensor, with the same bits whenever it is called.
+
+        Args:
+            reduction: with layout.GRAD_SQUARES and GRAD_MAX p is not read: of each row the first number is anything,
+                the second ‖g‖² or max |g|, which is NaN where an element is.
+        """
+        step = self._step(device, _sums, reduction)
         sums = torch.empty(len(tensors) // _ENTRY["size"], 2, dtype=torch.float64, device=step.device)
         if len(sums):
             with step.is_current():
@@ -311,8 +339,8 @@ class Launcher:
                 add(stream, _argument(sums))
         return sums
 
-    def _step(self, device: str | torch.device, prepare: Prepare) -> _Step:
-        key = (device, prepare)
+    def _step(self, device: str | torch.device, prepare: Prepare, *options: int | None) -> _Step:
+        key = (device, prepare, *options)
         if key not in self._steps:
-            self._steps[key] = _Step(device, prepare)
+            self._steps[key] = _Step(device, functools.partial(prepare, *options) if options else prepare)
         return self._steps[key]

@@ -1,5 +1,5 @@
-"""A step on a GPU in Triton, for those who have no CUDA compiler: `advance` makes the rows, `apply` applies them, and
-`reduce` and `add` sum up squares.
+"""A step on a GPU in Triton, for those who have no CUDA compiler: `advance` makes the rows, `apply` applies them,
+`reduce` and `add` sum up squares, of which `norm` makes what gradients are clipped by.
 
 What they read are the structs of csrc/tables.h, of which texp.kernels.layout says what is where, as bytes. Besides, a
 launch has a table of tiles, one int64 for each program: a tensor's index (bits 32 to 63), and which tile of it.
@@ -22,8 +22,8 @@ def _constants(struct: type, *names: str) -> list[tl.constexpr]:
 
 
 TENSOR, AT_P, AT_G, AT_B, AT_NUMEL, AT_ROW = _constants(layout.TensorEntry, "size", "p", "g", "b", "numel", "row")
-REQUEST, AT_POWER, AT_SLOT, AT_KIND, AT_HAS_BUFFER, AT_NEWLY_ALLOCATED = _constants(
-    layout.RowRequest, "size", "power", "slot", "kind", "has_buffer", "newly_allocated"
+REQUEST, AT_POWER, AT_OF_GROUP, AT_SLOT, AT_KIND, AT_HAS_BUFFER, AT_NEWLY_ALLOCATED = _constants(
+    layout.RowRequest, "size", "power", "group", "slot", "kind", "has_buffer", "newly_allocated"
 )
 GROUP, AT_LR, AT_MOMENTUM, AT_DAMPENING, AT_WEIGHT_DECAY, AT_SCALE, AT_BEGIN, AT_END, AT_IN = _constants(
     layout.GroupEntry, "size", "lr", "momentum", "dampening", "weight_decay", "scale", "begin", "end", "in"
@@ -36,6 +36,7 @@ AT_BIG_P, AT_KAPPA, AT_EXPONENT, AT_MOMENTUM_INITIALIZED = _constants(
 )
 STEP, IDLE, STATISTIC = map(tl.constexpr, (layout.STEP, layout.IDLE, layout.STATISTIC))
 FLOAT32, FLOAT64 = map(tl.constexpr, (layout.FLOAT32, layout.FLOAT64))
+SQUARES, GRAD_MAX = map(tl.constexpr, (layout.SQUARES, layout.GRAD_MAX))
 
 
 @triton.jit
@@ -141,47 +142,118 @@ def apply(
 
 
 @triton.jit
-def _sum_of_squares(x, offsets, count):
-    value = tl.load(x + offsets, offsets < count, other=0.0).to(tl.float64)
-    return tl.sum(value * value)
+def _magnitude(x):
+    """The bits of |x|, which as integers are ordered as the numbers are, and NaN above infinity: a maximum of floats
+    passes over it.
+    """
+    return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
 
 
 @triton.jit
-def _squares(address, count, E: tl.constexpr, TILE: tl.constexpr):
-    """The sum of the squares of `count` elements of type E, in float64; 0 where there are none."""
+def _both(x, y, MAX: tl.constexpr):
+    return tl.where(_magnitude(x) > _magnitude(y), x, y) if MAX else x + y
+
+
+@triton.jit
+def _all(x, MAX: tl.constexpr):
+    return tl.max(_magnitude(x)).to(tl.float64, bitcast=True) if MAX else tl.sum(x)
+
+
+@triton.jit
+def _reduced(x, offsets, count, MAX: tl.constexpr):
+    value = tl.load(x + offsets, offsets < count, other=0.0).to(tl.float64)
+    return _all(value if MAX else value * value, MAX)
+
+
+@triton.jit
+def _of_elements(address, count, E: tl.constexpr, TILE: tl.constexpr, MAX: tl.constexpr):
+    """The sum of the squares, or the largest magnitude, of `count` elements of type E, in float64; 0 where there are
+    none.
+    """
     x, offsets, count = address.to(tl.pointer_type(E)), tl.arange(0, TILE), tl.where(address == 0, 0, count)
     if (address & 15) == 0:
         whole = count // VECTOR * VECTOR
         aligned = tl.multiple_of(address.to(tl.pointer_type(E)), 16)
-        total = _sum_of_squares(aligned, offsets, tl.multiple_of(whole, 16))
-        total += _sum_of_squares(x, whole + tl.arange(0, VECTOR), count)
+        total = _reduced(aligned, offsets, tl.multiple_of(whole, 16), MAX)
+        total = _both(total, _reduced(x, whole + tl.arange(0, VECTOR), count, MAX), MAX)
     else:
-        total = _sum_of_squares(x, offsets, count)
+        total = _reduced(x, offsets, count, MAX)
     return total
 
 
 @triton.jit(do_not_specialize_on_alignment=["tensors", "tiles", "begins", "of_tiles"])
-def reduce(P: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, tensors, tiles, begins, of_tiles):
-    """‖p‖² and ‖g‖² of a tile, into of_tiles, where those of each tensor's tiles begin at `begins`."""
+def reduce(
+    P: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, REDUCTION: tl.constexpr, tensors, tiles, begins, of_tiles
+):
+    """‖p‖² and ‖g‖² of a tile, into of_tiles, where those of each tensor's tiles begin at `begins`; or ‖g‖² alone, or
+    max |g|, in the place of ‖g‖².
+    """
     index, tensor, first, count = _tile(tensors, tiles, TILE)
     to = of_tiles + 2 * (tl.load(begins + index) + first // TILE)
-    tl.store(to, _squares(_address(tensor, AT_P, first, P), count, P, TILE))
-    tl.store(to + 1, _squares(_address(tensor, AT_G, first, G), count, G, TILE))
+    if REDUCTION == SQUARES:
+        tl.store(to, _of_elements(_address(tensor, AT_P, first, P), count, P, TILE, False))
+    g = _address(tensor, AT_G, first, G)
+    tl.store(to + 1, _of_elements(g, count, G, TILE, REDUCTION == GRAD_MAX))
+
+
+@triton.jit
+def _of_tiles(of_tiles, at, end, BLOCK: tl.constexpr, MAX: tl.constexpr):
+    """The sum, or the maximum, of every other number."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    while at < end:
+        i = at + tl.arange(0, BLOCK)
+        total = _both(total, tl.load(of_tiles + 2 * i, i < end, other=0.0), MAX)
+        at += BLOCK
+    return _all(total, MAX)
 
 
 @triton.jit(do_not_specialize_on_alignment=["begins", "of_tiles", "sums"])
-def add(BLOCK: tl.constexpr, begins, of_tiles, sums):
-    """Adds what `reduce` leaves of a tensor's tiles, always in the same order."""
+def add(BLOCK: tl.constexpr, REDUCTION: tl.constexpr, begins, of_tiles, sums):
+    """Puts together what `reduce` leaves of a tensor's tiles, always in the same order."""
     index = tl.program_id(0)
     at, end = tl.load(begins + index), tl.load(begins + index + 1)
-    of_p, of_g = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    if REDUCTION == SQUARES:
+        tl.store(sums + 2 * index, _of_tiles(of_tiles, at, end, BLOCK, False))
+    tl.store(sums + 2 * index + 1, _of_tiles(of_tiles + 1, at, end, BLOCK, REDUCTION == GRAD_MAX))
+
+
+@triton.jit
+def _given(pointer, other):
+    """What is there, in float64; where the pointer is null, `other`."""
+    return tl.load(pointer, pointer.to(tl.int64, bitcast=True) != 0, other=other).to(tl.float64)
+
+
+@triton.jit
+def _float64(address, mask):
+    """What is at an address that was loaded. Half by half: up to 3.9 at least, Triton sets the result of a load to 0
+    first, and of one that is as wide as an address that nothing else needs, LLVM puts both into one register. It is
+    then address 0 that is read.
+    """
+    halves = address.to(tl.pointer_type(tl.uint32))
+    low, high = tl.load(halves, mask, other=0).to(tl.int64), tl.load(halves + 1, mask, other=0).to(tl.int64)
+    return (high << 32 | low).to(tl.float64, bitcast=True)
+
+
+@triton.jit(do_not_specialize_on_alignment=["groups", "requests", "clip", "sums", "grad_scale", "to"])
+def norm(BLOCK: tl.constexpr, REDUCTION: tl.constexpr, groups, requests, clip, sums, grad_scale, to):
+    """The norm of all gradients at θ, of which `add` leaves sums[2·i + 1] of tensor i: that at p is 1/P of it, and
+    grad_scale times as much, where that is not null. Of one program, always in the same order.
+
+    clip: max_norm, whether `advance` skips what is not finite, and how many tensors there are, all in float64.
+    """
+    MAX: tl.constexpr = REDUCTION == GRAD_MAX
+    at, end = 0, tl.load(clip + 2).to(tl.int32)
+    total = tl.zeros((BLOCK,), tl.float64)
     while at < end:
         i = at + tl.arange(0, BLOCK)
-        of_p += tl.load(of_tiles + 2 * i, i < end, other=0.0)
-        of_g += tl.load(of_tiles + 2 * i + 1, i < end, other=0.0)
+        mask = i < end
+        group = tl.load(_at(requests + REQUEST * i.to(tl.int64), AT_OF_GROUP, tl.int32), mask, other=0)
+        scale = tl.load(_at(groups + GROUP * group.to(tl.int64), AT_SCALE, tl.int64), mask, other=0)
+        P, value = _float64(scale + AT_BIG_P, mask), tl.load(sums + 2 * i + 1, mask, other=0.0)
+        total = _both(total, P * value if MAX else P * P * value, MAX)
         at += BLOCK
-    tl.store(sums + 2 * index, tl.sum(of_p))
-    tl.store(sums + 2 * index + 1, tl.sum(of_g))
+    total = _all(total, MAX)
+    tl.store(to, (total if MAX else tl.sqrt(total)) / _given(grad_scale, 1.0))
 
 
 @triton.jit
@@ -192,11 +264,7 @@ def _number(group, OFFSET: tl.constexpr, i: tl.constexpr):
     if where == FLOAT32:
         value = tl.load(word.to(tl.pointer_type(tl.float32))).to(tl.float64)
     if where == FLOAT64:
-        # Half by half: up to 3.9 at least, Triton sets the result of a load to 0 first, and of one that is as wide as
-        # an address that nothing else needs, LLVM puts both into one register. It is then address 0 that is read.
-        halves = word.to(tl.pointer_type(tl.uint32))
-        low, high = tl.load(halves).to(tl.int64), tl.load(halves + 1).to(tl.int64)
-        value = (high << 32 | low).to(tl.float64, bitcast=True)
+        value = _float64(word, True)
     return value
 
 
@@ -207,16 +275,25 @@ def _clipped(kappa, limit):
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "groups", "requests", "rows", "skip", "momentum_initialized", "grad_scale", "found_inf",
+        "groups", "requests", "rows", "skip", "clip", "momentum_initialized", "grad_scale", "found_inf", "norm",
     ]
 )  # fmt: skip
-def advance(BLOCK: tl.constexpr, groups, requests, rows, skip, momentum_initialized, grad_scale, found_inf):
+def advance(
+    BLOCK: tl.constexpr, groups, requests, rows, skip, clip, momentum_initialized, grad_scale, found_inf, norm
+):
     """Computes the rows that one group's tensors request, and advances its P and κ: texp.theory.advance, in float64.
+    All gradients are multiplied by clip_factor of csrc/math/scale.h, unless `norm`, that of the kernel, and `clip`
+    are null.
 
-    If found_inf is not 0, nothing is changed, and `skip` says so to `apply`. A null found_inf counts as 0, a null
-    grad_scale as 1, and a group whose scale is null as none.
+    If found_inf is not 0, nothing is changed, and `skip` says so to `apply`; the same where norm is not finite and
+    `clip` says so. A null found_inf counts as 0, a null grad_scale as 1, and a group whose scale is null as none.
     """
-    overflow = tl.load(found_inf, found_inf.to(tl.int64, bitcast=True) != 0, other=0.0) != 0
+    length, max_norm = _given(norm, 0.0), _given(clip, float("inf"))
+    finite = length < float("inf")
+    factor = max_norm / (length + 1e-6)
+    factor = tl.where(finite, tl.where(factor < 1, factor, 1.0), float("nan"))
+    skips_nonfinite = tl.load(clip + 1, clip.to(tl.int64, bitcast=True) != 0, other=0.0) != 0
+    overflow = (_given(found_inf, 0.0) != 0) | (skips_nonfinite & (finite == 0))
     if tl.program_id(0) == 0:
         tl.store(skip, overflow.to(tl.int32))
     if overflow:
@@ -262,8 +339,7 @@ def advance(BLOCK: tl.constexpr, groups, requests, rows, skip, momentum_initiali
     growth = shrink / alpha
 
     P2 = P * P
-    scaled_by = tl.load(grad_scale, grad_scale.to(tl.int64, bitcast=True) != 0, other=1.0)
-    sign = tl.where(maximize, -1.0, 1.0) / scaled_by.to(tl.float64)
+    sign = tl.where(maximize, -1.0, 1.0) / (_given(grad_scale, 1.0) / factor)
     heavy_ball = direct == 0  # then d = u, and α·u + κc·η·d is u itself
     idle_a_p = alpha * (kappa - kappa_c / alpha) / P2
     r_u, r_d = tl.where(heavy_ball, 1.0, alpha) / shrink, tl.where(heavy_ball, 0.0, kappa_c * lr) / shrink

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import texp
 from tests.backends.tables import DTYPES, launch, layout, rows_of, tensor_entry
 from tests.backends.test_core import ROWS, SIZES, applied, poisoned
+from tests.backends.test_reduce import bound, exact
 from tests.conftest import INTERPRETED, relative_error, same_bits
 from tests.states import assert_unchanged, snapshot
 from tests.test_package import environment
@@ -90,10 +91,57 @@ def test_a_launcher_sums_up_whatever_it_is_given():
     assert launcher.reduce("cpu", b"").shape == (0, 2)
 
 
+GRADS_ALONE = [layout.GRAD_SQUARES, layout.GRAD_MAX]
+of_grads_alone = pytest.mark.parametrize("reduction", GRADS_ALONE, ids=["squares", "max"])
+
+
+@interpreter
+@of_grads_alone
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reductions_of_gradients_alone(monkeypatch, dtype, offset, reduction):
+    """Without reading p, which lies at an address that nobody may read; of sizes that fill no tile and several, of
+    more tiles than are put together at once."""
+    monkeypatch.setattr(launch(), "_BLOCK", 2)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (0, 1, 15, 16, 17, 8193, 41_000)
+    grads = [torch.randn(size + offset, generator=generator).to(dtype)[offset:] for size in sizes]
+    rows = [layout.TensorEntry.from_buffer_copy(tensor_entry(g, g)) for g in grads]
+    rows.append(layout.TensorEntry.from_buffer_copy(tensor_entry(grads[-1])))
+    for row in rows:
+        row.p = 8
+    *found, without = launch().Launcher().reduce("cpu", b"".join(rows), reduction)[:, 1].tolist()
+    assert without == 0
+    for x, g in zip(found, grads, strict=True):
+        if reduction == layout.GRAD_MAX:
+            assert x == (g.double().abs().max().item() if g.numel() else 0)
+        else:
+            assert abs(x - exact(g)) <= bound(g)
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("at", [0, 8191, 8192, 20_000])
+def test_what_is_not_finite_shows_in_a_maximum(at, sign, dtype):
+    """NaN whatever else there is, in any tile, with any sign; infinity above all numbers."""
+    launcher, g = launch().Launcher(), torch.full((20_001,), -torch.finfo(dtype).max, dtype=dtype)
+
+    def largest() -> float:
+        return launcher.reduce("cpu", tensor_entry(g, g), layout.GRAD_MAX)[0, 1].item()
+
+    assert largest() == torch.finfo(dtype).max
+    g[at] = sign * math.inf
+    assert largest() == math.inf
+    g[5] = math.inf
+    g[at] = math.copysign(math.nan, sign)
+    assert math.isnan(largest())
+
+
 class Advanced:
     """What a step on the device makes of one group, of one element a tensor.
 
-    lr: in device memory, in place of that of hyper.
+    lr: in device memory, in place of that of hyper. grad: of each tensor, if not 0.
     """
 
     # What a tensor is and has: kind, has_buffer, newly_allocated.
@@ -107,8 +155,9 @@ class Advanced:
     POWERS = (1.0, 2.0, 0.5, -3.0, 0.0)
 
     def __init__(
-        self, scale: Scale, hyper, initialized: bool, without_buffers: bool, grad_scale=None, found_inf=None, lr=None
-    ):
+        self, scale: Scale, hyper, initialized: bool, without_buffers: bool, grad_scale=None, found_inf=None, lr=None,
+        grad=0.0, clip=None,
+    ):  # fmt: skip
         self.scales = torch.tensor([[scale.P, scale.kappa, 0, 0]], dtype=torch.float64)
         self.scales.view(torch.int64)[0, 2:] = torch.tensor([scale.exponent, initialized])
         self.momentum_initialized = torch.tensor(self.INITIALIZED, dtype=torch.uint8)
@@ -120,16 +169,19 @@ class Advanced:
         if lr is not None:
             group.lr.at = lr.data_ptr()
             getattr(group, "in")[0] = layout.FLOAT32 if lr.dtype == torch.float32 else layout.FLOAT64
-        self.tables = b"".join(tensor_entry(x) for x in self.p), bytes(group), b"".join(requests)
+        self.g, self.norm = torch.full_like(self.p, grad), torch.full((1,), -1.0, dtype=torch.float64)
+        tensors = b"".join(tensor_entry(x, g if grad else None) for x, g in zip(self.p, self.g, strict=True))
+        self.tables = tensors, bytes(group), b"".join(requests)
         self.given = (
             None if grad_scale is None else torch.tensor([grad_scale]),
             None if found_inf is None else torch.tensor([found_inf]),
         )
         self.launcher = launch().Launcher()
-        self.launcher.step_on_device(1, *self.tables, self, *self.given, False)
-        # The launch of `advance` is the last one in the list.
+        self.launcher.step_on_device(1, *self.tables, self, *self.given, False, clip)
         (step,) = self.launcher._steps.values()
-        self.rows, self.skip = step._last.launches[-1].tensors[2:]
+        reduces, norms, (advance,), _ = step._last.launches
+        assert (len(reduces), len(norms)) == ((0, 0) if clip is None else (2, 1))
+        self.rows, self.skip, _ = advance.tensors[2:]
 
     def scale(self) -> Scale:
         return Scale(self.scales[0, 0].item(), int(self.scales.view(torch.int64)[0, 2]), self.scales[0, 1].item())
@@ -213,12 +265,128 @@ def test_an_overflow_changes_nothing(found_inf):
 
 @interpreter
 def test_a_step_without_any_group_says_whether_it_is_skipped():
-    state = SimpleNamespace(scales=torch.zeros(0, 4), momentum_initialized=torch.zeros(0, dtype=torch.uint8))
+    """And that its gradients, of which there are none, have norm 0."""
+    state = SimpleNamespace(
+        scales=torch.zeros(0, 4),
+        momentum_initialized=torch.zeros(0, dtype=torch.uint8),
+        norm=torch.ones(1, dtype=torch.float64),
+    )
     launcher = launch().Launcher()
-    for found_inf in (1.0, 0.0, 1.0):
-        launcher.step_on_device(1, b"", b"", b"", state, None, torch.tensor([found_inf]), False)
-        (step,) = launcher._steps.values()
-        assert step._last.launches[-1].tensors[3] == found_inf
+    for clip in (None, *((1.0, reduction, True) for reduction in GRADS_ALONE)):
+        for found_inf in (1.0, 0.0, 1.0):
+            launcher.step_on_device(1, b"", b"", b"", state, None, torch.tensor([found_inf]), False, clip)
+            (advance,) = [*launcher._steps.values()][-1]._last.launches[2]
+            assert advance.tensors[3] == found_inf
+            assert state.norm == (clip is None)
+        state.norm.fill_(1.0)
+
+
+class Clipped:
+    """Steps on the device of tensors in groups, each with a P of its own, whose gradients are clipped."""
+
+    def __init__(self, *groups: tuple[float, list[torch.Tensor | None]]) -> None:
+        self.grads = [(P, g) for P, grads in groups for g in grads]
+        self.params = [torch.zeros(37 if g is None else g.shape, dtype=torch.float64) for _, g in self.grads]
+        self.scales = torch.tensor([[P, 0, 0, 0] for P, _ in groups], dtype=torch.float64)
+        self.momentum_initialized = torch.zeros(1, dtype=torch.uint8)
+        self.norm = torch.zeros(1, dtype=torch.float64)
+        self.table, requests, begin = b"", [], 0
+        for i, (scale, (_, grads)) in enumerate(zip(self.scales, groups, strict=True)):
+            kinds = [layout.IDLE if g is None else layout.STEP for g in grads]
+            requests += [layout.RowRequest(group=i, slot=0, kind=kind) for kind in kinds]
+            group = layout.GroupEntry(scale=scale.data_ptr(), begin=begin, end=len(requests))
+            group.lr.value, begin = 1.0, len(requests)
+            self.table += bytes(group)
+        self.requests, self.launcher = b"".join(requests), launch().Launcher()
+
+    def step(self, clip: tuple | None, *, grad_scale=None, version: int = 1, capturing: bool = False) -> None:
+        tensors = b"".join(tensor_entry(p, g) for p, (_, g) in zip(self.params, self.grads, strict=True))
+        scale = None if grad_scale is None else torch.tensor([grad_scale])
+        self.launcher.step_on_device(version, tensors, self.table, self.requests, self, scale, None, capturing, clip)
+
+    def expected_norm(self, reduction: int, grad_scale: float = 1.0) -> float:
+        grads = [P * g.double().flatten() for P, g in self.grads if g is not None]
+        return torch.cat(grads).norm(2 if reduction == layout.GRAD_SQUARES else math.inf).item() / grad_scale
+
+
+def of_three_groups() -> Clipped:
+    """Of all dtypes, some without gradients, some without elements; 21 tensors."""
+    generator, groups = torch.Generator().manual_seed(0), []
+    for k, P in enumerate((1.0, 1.75, 1.25)):
+        grads = [torch.randn(n, generator=generator).to(DTYPES[(n + k) % 4]) for n in (1, 0, 500, 17, 3, 8193)]
+        groups.append((P, [*grads, None]))
+    return Clipped(*groups)
+
+
+@interpreter
+@of_grads_alone
+@pytest.mark.parametrize("grad_scale", [None, 3.0, 2.0**16])
+@pytest.mark.parametrize("at_once", [4, 256])
+def test_the_norm_of_all_groups(monkeypatch, at_once, grad_scale, reduction):
+    """At θ, without what the loss was scaled by. Gradients are clipped by it; it has the same bits in every run."""
+    monkeypatch.setattr(launch(), "_BLOCK", at_once)
+    norms = []
+    for max_norm in (math.inf, 2.0):
+        of, scale = of_three_groups(), grad_scale or 1.0
+        of.step((max_norm, reduction, False), grad_scale=grad_scale)
+        # Each product and each sum rounds once, by 2^-53 of the whole at most, and so does what it is compared to.
+        roundings = 2 * sum(0 if g is None else g.numel() + 3 for _, g in of.grads) * 2.0**-53
+        assert of.norm.item() == pytest.approx(of.expected_norm(reduction, scale), rel=roundings)
+        factor = theory.clip_factor(of.norm.item(), max_norm)
+        norms.append(of.norm.item())
+        for p, (P, g) in zip(of.params, of.grads, strict=True):
+            expected = torch.zeros_like(p) if g is None else -P * P * g.double() * factor / scale
+            assert torch.allclose(p, expected, rtol=8 * 2.0**-53, atol=0)
+    assert norms[0] == norms[1]
+
+
+@interpreter
+@settings(max_examples=40)
+@given(
+    hyper=hypers,
+    P=st.floats(1, 2, exclude_max=True),
+    kappa=st.floats(0, 100, allow_subnormal=False),
+    grad_scale=st.sampled_from([None, 2.0**16, 3.0]),
+    grad=st.sampled_from([0.0, 1e-8, -0.3, 1e200, math.inf, math.nan]),
+    max_norm=st.sampled_from([0.0, 1e-3, 0.7, math.inf]),
+    reduction=st.sampled_from(GRADS_ALONE),
+)
+def test_the_rows_of_a_clipped_step_have_the_bits_of_theory(hyper, P, kappa, grad_scale, grad, max_norm, reduction):
+    """They are those of gradients that are divided by more."""
+    scale = Scale(P, 3, kappa)
+    of = Advanced(scale, hyper, True, False, grad_scale, grad=grad, clip=(max_norm, reduction, False))
+    norm, scaled_by = of.norm.item(), grad_scale or 1.0
+    if reduction == layout.GRAD_MAX or abs(grad) < 1e100:  # not where squares are infinite
+        count = len(of.p) if reduction == layout.GRAD_SQUARES else 1
+        assert norm == pytest.approx(P * abs(grad) * math.sqrt(count) / scaled_by, rel=16 * 2.0**-53, nan_ok=True)
+    factor = theory.clip_factor(norm, max_norm)
+    step = theory.advance(scale, hyper, first=False, grad_scale=scaled_by / factor if factor else math.inf)
+    expected = torch.tensor([step.running, step.first], dtype=torch.float64)
+    assert torch.allclose(of.rows[:2], expected, rtol=0, atol=0, equal_nan=True)
+    assert of.scale() == step.scale
+    assert of.skip == 0
+
+
+@interpreter
+@of_grads_alone
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_norm_that_is_not_finite_can_skip_the_step(value, reduction):
+    of = of_three_groups()
+    grad, scales = of.grads[3][1], of.scales.clone()
+    kept, grad[5] = grad[5].clone(), value
+    of.step((1.0, reduction, True))
+    assert not of.norm.isfinite()
+    assert not any(p.any() for p in of.params)
+    assert same_bits(of.scales, scales)
+    grad[5] = kept
+    of.step((1.0, reduction, True))
+    assert of.norm.item() == pytest.approx(of.expected_norm(reduction))
+    assert of.params[0].isfinite().all()
+    assert of.params[0].any()
+    grad[5] = value
+    of.step((1.0, reduction, False))
+    assert not of.norm.isfinite()
+    assert all(p.isnan().all() for p, (_, g) in zip(of.params, of.grads, strict=True) if g is not None)
 
 
 @interpreter
@@ -353,6 +521,56 @@ class TestUploads:
         turns = range(-(-total // (slots // 2)))
         assert happened == [(what, k % 2) for n in turns for what, k in (("record", n + 1), ("wait", n))]
 
+    @of_grads_alone
+    def test_another_limit_is_uploaded_alone(self, uploads, reduction):
+        """With 24 bytes, and only where it is another one."""
+        of, whole = Clipped((1.0, [torch.full((4,), 3.0)])), 40 + 56 + 24 + 24
+        norm = 6.0 if reduction == layout.GRAD_SQUARES else 3.0
+        assert of.expected_norm(reduction) == norm
+        total = 0.0
+        for limit, skips, sizes in (
+            (1.0, True, [whole]), (1.0, True, []), (2.0, True, [24]), (2.0, False, [24]), (math.inf, False, [24]),
+        ):  # fmt: skip
+            uploads.clear()
+            of.step((limit, reduction, skips))
+            assert uploads == sizes
+            total -= 3 * min(1, limit / (norm + 1e-6))
+            assert of.params[0].tolist() == pytest.approx([total] * 4, rel=1e-14)
+        uploads.clear()
+        of.step(None)  # tables of its own
+        assert uploads == [whole - 24]
+        assert of.params[0].tolist() == pytest.approx([total - 3] * 4, rel=1e-14)
+
+    @of_grads_alone
+    def test_a_captured_step_clips(self, reduction):
+        """By the limit that it was captured with, and gradients as they are when it is launched again. The capture
+        needs a step that clips by the same norm before it."""
+        if REASON != backends.OK:
+            pytest.skip(REASON)
+        of = Clipped((1.5, [torch.full((4,), 2.0), torch.full((5,), -2.0)]), (1.0, [torch.full((7,), 1.0)]))
+        of.launcher.capturable = True
+        of.step(None)
+        with pytest.raises(RuntimeError, match="take one of the same tensors before each capture"):
+            of.step((1.0, reduction, False), capturing=True)
+        of.step((3.0, reduction, False))
+        of.step((1.0, reduction, False), capturing=True)
+        of.step((2.0, reduction, False), version=2)
+        (captured,) = [phases for step in of.launcher._steps.values() for _, phases in step._captured]
+        other = [torch.full((1000,), 7.0, dtype=torch.float64) for _ in range(10)]  # takes memory that was freed
+        for k in (1.0, 4.0):
+            for _, g in of.grads:
+                g.copy_(g.sign() * k)
+            before = [p.clone() for p in of.params]
+            given = (of.momentum_initialized, launch()._argument(None), launch()._argument(None), of.norm)
+            for phase, arguments in zip(captured, ((), (given[1], of.norm), given, ()), strict=True):
+                for again in phase:
+                    again(None, *arguments)
+            assert of.norm.item() == pytest.approx(of.expected_norm(reduction), rel=1e-14)
+            factor = theory.clip_factor(of.norm.item(), 1.0)
+            for p, start, (P, g) in zip(of.params, before, of.grads, strict=True):
+                assert torch.allclose(p - start, -P * P * g.double() * factor, rtol=1e-13)
+        assert all((x == 7).all() for x in other)
+
     def test_a_capture_reads_memory_of_its_own(self, uploads):
         """What is captured can be launched again whatever came in between; each capture needs a step before it."""
         launcher, p = launch().Launcher(), torch.zeros(3, dtype=torch.float64)
@@ -383,8 +601,8 @@ class TestUploads:
         expected = -0.1 * (1 + 1 + 10 + 100)
         assert p.tolist() == pytest.approx([expected] * 3, rel=1e-15)
         (captured,) = [launches for s in launcher._steps.values() for _, launches in s._captured]
-        apply_, advance = captured
-        advance(None, of.momentum_initialized, *map(launch()._argument, (None, None)))
+        _, _, (advance,), (apply_,) = captured
+        advance(None, of.momentum_initialized, *map(launch()._argument, (None, None, None)))
         apply_(None)
         assert p.tolist() == pytest.approx([expected - 1] * 3, rel=1e-15)
 

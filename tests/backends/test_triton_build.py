@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.backends.tables import launch, rows_of, tensor_entry
+from tests.backends.tables import launch, layout, rows_of, tensor_entry
 from texp import backends
 from texp.theory import Row
 
@@ -34,7 +34,9 @@ CLASSES = [  # of parameter, gradient and buffer
 
 
 def launch_all(launcher) -> None:
-    """One tensor of each class: its row applied, given and from the device, and its squares summed up."""
+    """One tensor of each class: its row applied, given and from the device, clipped by both norms, too, and its
+    squares summed up.
+    """
     given, tensors = [], []
     for dtypes in CLASSES:
         p, g, b = (torch.zeros(5000, dtype=SHORT[name]) for name in dtypes)
@@ -42,10 +44,18 @@ def launch_all(launcher) -> None:
         given.append(tensor_entry(p, g, b))
     launcher.apply("cpu", 1, b"".join(given), rows_of([Row()]))
     state = SimpleNamespace(
-        scales=torch.zeros(1, 4, dtype=torch.float64), momentum_initialized=torch.zeros(16, dtype=torch.uint8)
+        scales=torch.zeros(1, 4, dtype=torch.float64),
+        momentum_initialized=torch.zeros(16, dtype=torch.uint8),
+        norm=torch.zeros(1, dtype=torch.float64),
     )
-    launcher.step_on_device(1, b"".join(given), bytes(56), bytes(24 * len(given)), state, None, None, False)
+    limits = ((x, reduction, x > 1) for x in (1.0, 2.0) for reduction in (layout.GRAD_SQUARES, layout.GRAD_MAX))
+    for clip in (None, *limits):
+        tables = b"".join(given), bytes(56), bytes(24 * len(given))
+        launcher.step_on_device(1, *tables, state, None, None, False, clip)
     launcher.reduce("cpu", b"".join(given))
+
+
+REDUCTIONS = {layout.SQUARES: "", layout.GRAD_SQUARES: "of gradients", layout.GRAD_MAX: "of gradients, max"}
 
 
 class Loaded:
@@ -84,7 +94,12 @@ def compile_all(backend: str, arch: int | str, folder: str) -> None:
         path.write_bytes(binary.asm[path.suffix[1:]])
         if backend == "cuda":
             path.with_suffix(".ptx").write_text(binary.asm["ptx"])
-        code[" ".join([kernel.fn.__name__, *types, *["on device"] * constants.get("ON_DEVICE", False)])] = {
+        name = [kernel.fn.__name__, *types, *["on device"] * constants.get("ON_DEVICE", False)]
+        if how := REDUCTIONS[constants.get("REDUCTION", layout.SQUARES)]:
+            name += [how, *map(str, [constants["TILE"]] if "TILE" in constants else [])]
+        name = " ".join(name)
+        assert name not in code  # nothing is compiled twice
+        code[name] = {
             "path": str(path),
             "elements": constants.get("TILE", 0) // (32 * binary.metadata.num_warps),
             "constants": list(constants),
@@ -156,24 +171,27 @@ def instructions(compiled) -> dict[tuple[str, str], list[str]]:
 
 
 STEPS = [f"apply {' '.join(dtypes)}{how}" for dtypes in CLASSES for how in ("", " on device")]
+CLIPPING = [REDUCTIONS[layout.GRAD_SQUARES], REDUCTIONS[layout.GRAD_MAX]]
 SUMS = sorted({f"reduce {p} {g}" for p, g, _ in CLASSES})
+SUMS += sorted({f"reduce {x[1]} {x[1]} {how} {1024 if 'fp64' in x else 2048}" for x in CLASSES for how in CLIPPING})
 CONSTANTS = {
     "apply": ["P", "G", "B", "TILE", "ON_DEVICE"], "advance": ["BLOCK"],
-    "reduce": ["P", "G", "TILE"], "add": ["BLOCK"],
+    "reduce": ["P", "G", "TILE", "REDUCTION"], "add": ["BLOCK", "REDUCTION"], "norm": ["BLOCK", "REDUCTION"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
 def test_every_kernel_compiles(compiled, arch):
-    assert sorted(compiled[arch]) == sorted(["add", "advance", *STEPS, *SUMS])
+    clipping = [f"{kernel} {how}" for kernel in ("add", "norm") for how in CLIPPING]
+    assert sorted(compiled[arch]) == sorted(["add", "advance", *clipping, *STEPS, *SUMS])
     for kernel in compiled[arch].values():
         assert Path(kernel["path"]).read_bytes().startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("arch", [*NVIDIA, *AMD])
 def test_a_kernel_serves_all_rows_sizes_and_addresses(compiled, arch):
-    """Constants are types, the size of a tile, where a row comes from. Of what is not constant nothing is assumed: on
-    AMD's GPUs, that a table has less than 2 GiB."""
+    """Constants are types, the size of a tile, where a row comes from, what is summed up. Of what is not constant
+    nothing is assumed: on AMD's GPUs, that a table has less than 2 GiB."""
     for name, kernel in compiled[arch].items():
         assert kernel["constants"] == CONSTANTS[name.split()[0]], name
         assert kernel["assumed"] == (["tt.pointer_range"] if arch in AMD else []), name
@@ -290,7 +308,8 @@ class TestTheMachineCode:
     def test_at_least_16_bytes_move_at_once(self, compiled, instructions, name):
         """Of p, g and b, that is all of a thread's elements: where all are aligned, in the first copy of the loop. Of
         those of 2 bytes, where the arithmetic is in float64, a thread has 8 bytes."""
-        kernel, *types = name.removesuffix(" on device").split()
+        kernel, *types = re.sub(" (on device|of .*)", "", name).split()
+        types = types[1:] if "of gradients" in name else types
         for arch in NVIDIA:
             moved = {"LDG": 0, "STG": 0}
             for operation in instructions[arch, name]:

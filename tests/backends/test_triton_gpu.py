@@ -182,17 +182,23 @@ def test_nothing_is_written_beside_a_misaligned_tensor():
                 assert (whole == 7).all()
 
 
+@pytest.mark.parametrize("max_norm", [None, 1.0], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
 @pytest.mark.parametrize("count", [1, 40])
-def test_a_step_is_one_launch_for_each_class_of_types(count, scaled):
-    """And one that computes the rows of all groups, where a scaler may skip the step."""
+def test_a_step_is_one_launch_for_each_class_of_types(count, scaled, max_norm):
+    """And one that computes the rows of all groups, where a scaler may skip the step. Where gradients are clipped,
+    those of each class are reduced before, tiles put together, and a norm made of them.
+    """
     params = [
         nn.Parameter(torch.randn(5, device=DEVICE, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16) * 40
     ]
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer = texp.SGD(
-        [{"params": params[i::count], "lr": 0.1 + i} for i in range(count)], backend="triton", momentum=0.9
+        [{"params": params[i::count], "lr": 0.1 + i} for i in range(count)],
+        backend="triton",
+        momentum=0.9,
+        max_norm=max_norm,
     )
 
     def step() -> None:
@@ -208,8 +214,10 @@ def test_a_step_is_one_launch_for_each_class_of_types(count, scaled):
         torch.cuda.synchronize()
     events = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     # Copies of rows and a record of the step as a whole, "Optimizer.step#SGD.step", may be among the events.
-    launches = [name for name in events if name in ("advance", "apply")]
-    assert sorted(launches) == ["advance"] * scaled + ["apply"] * 2
+    launches = [name for name in events if name in ("reduce", "add", "norm", "advance", "apply")]
+    clipped = max_norm is not None
+    before = ["reduce", "reduce", "add", "norm"] * clipped + ["advance"] * (scaled or clipped)
+    assert sorted(launches) == sorted([*before, "apply", "apply"])
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
@@ -293,6 +301,40 @@ def test_a_captured_step_replays_the_schedule(name):
             pair.step(graph.replay)
         others.append(torch.full((1000,), 7.0, device=DEVICE))  # takes memory that was freed
     assert all((other == 7).all() for other in others)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_captured_step_clips(name, norm_type):
+    """With the bits of steps that are not captured, which clip as the CPU does; what is not finite skips a step."""
+    arguments = dict(ARGUMENTS[name], max_norm=0.5, norm_type=norm_type, skip_nonfinite=True)
+    (params, on_gpu), (_, others) = twins(torch.float32), twins(torch.float32)
+    cpu = texp.SGD(params, backend="cpu", **arguments)
+    graphed, plain = (texp.SGD(x, backend="triton", capturable=True, **arguments) for x in (on_gpu, others))
+    fixed, graph = [torch.zeros_like(q) for q in on_gpu], torch.cuda.CUDAGraph()
+    for t in range(8):
+        set_grads(params, on_gpu, t)
+        if t in (2, 5):
+            params[0].grad.view(-1)[0] = on_gpu[0].grad.view(-1)[0] = math.nan
+        static_grads(on_gpu, fixed)
+        for q, other in zip(on_gpu, others, strict=True):
+            other.grad = q.grad.clone()
+        if t == 1:
+            with torch.cuda.graph(graph):
+                graphed.step()
+        cpu.step()
+        plain.step()
+        if t == 0:
+            graphed.step()
+        else:
+            graph.replay()
+        assert same_bits(graphed.grad_norm, plain.grad_norm)
+        # Both add in float64, each in an order of its own.
+        assert t in (2, 5) or math.isclose(plain.grad_norm.item(), cpu.grad_norm.item(), rel_tol=1e-10)
+        for q, other in zip(on_gpu, others, strict=True):
+            assert same_bits(q.detach(), other.detach())
+    for p, q in zip(params, on_gpu, strict=True):
+        assert p.numel() == 0 or relative_error(q, p) < 8 * 16 * torch.finfo(torch.float32).eps
 
 
 def test_norm_stats_in_replays():
