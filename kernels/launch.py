@@ -292,6 +292,7 @@ class Launcher:
         found_inf: Tensor | None,
         capturing: bool,
         clip: tuple[float, int, bool] | None = None,
+        has_trust: bool = False,
     ) -> None:
         """Advances groups whose P and κ are on a device, and applies to each tensor the row that it has requested.
 

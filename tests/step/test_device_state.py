@@ -68,7 +68,7 @@ class TestDeviceScaleState:
         groups, params[0].grad = list(optimizer.param_groups), torch.ones(2)
 
         def step():
-            return stepper.step_on_device(groups, {}, optimizer.state, None, device, None, None, False)
+            return stepper.step_on_device(groups, {}, optimizer.state, None, device, None, None, False, None)
 
         assert step() is None
         assert step() is None
