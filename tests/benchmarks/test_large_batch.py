@@ -148,6 +148,18 @@ def test_texp_visits_the_functions_of_torch(tmp_path, model, schedule):
         assert relative_error(weight, same[name]) < 1e-9
 
 
+def test_clipped_gradients(tmp_path):
+    """texp.SGD clips in the step, at θ; for torch, clip_grad_norm_ does before it."""
+    arguments = [*EXACT, "--weight-decay", "0.03", "--clip", "0.5"]
+    (one, weights), (other, same) = (
+        trained(tmp_path / name, *arguments, "--optimizer", name) for name in ("texp", "torch")
+    )
+    assert losses(one) == pytest.approx(losses(other), rel=1e-9)
+    assert all(relative_error(weight, same[name]) < 1e-9 for name, weight in weights.items())
+    unclipped, _ = trained(tmp_path / "unclipped", *EXACT, "--weight-decay", "0.03", "--optimizer", "torch")
+    assert losses(unclipped) != pytest.approx(losses(one), rel=1e-3)
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     """Up to the order of a sum in float64, which some steps of training enlarge."""
     (whole, weights), (parts, same) = (
@@ -359,6 +371,9 @@ def test_without_tensorboard(tmp_path, monkeypatch, capsys):
 
 ERRORS = {
     "optimizer": (["--optimizer", "adam"], "--optimizer must be texp or torch or lars, got adam"),
+    "optimizers": (["--optimizer", "texp;torch"], "--optimizer must be texp or torch or lars, got texp;torch"),
+    "clip": (["--clip", "-1"], "--clip must be at least 0 and finite, got -1.0"),
+    "trust": (["--trust-coeff", "nan"], "--trust-coeff must be at least 0 and below inf, got nan"),
     "schedule": (["--schedule", "linear"], "--schedule must be cosine or step, got linear"),
     "amp": (["--amp", "fp8"], "--amp must be off or bf16 or fp16, got fp8"),
     "model": (["--model", "ln"], "--model must be bn or gn, got ln"),

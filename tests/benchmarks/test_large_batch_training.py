@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import texp
 from benchmarks import large_batch, large_batch_training
 
 
@@ -48,18 +49,25 @@ def test_gradients_are_exchanged_once_a_step(monkeypatch):
     assert calls == [[what, alone] for alone in (True, True, False) for what in ("forward", "backward")]
 
 
-@pytest.mark.parametrize("name", ["texp", "torch"])
+@pytest.mark.parametrize("name", ["texp", "torch", "lars"])
 def test_the_optimizer(name):
-    made = training(optimizer=name, base_lr=0.1, base_batch=90, momentum=0.8, weight_decay=0.03)
+    made = training(
+        optimizer=name, base_lr=0.1, base_batch=90, momentum=0.8, weight_decay=0.03, trust_coeff=0.1, clip=2
+    )
     groups = made.optimizer.param_groups
     assert {(group["momentum"], group["nesterov"], group["initial_lr"]) for group in groups} == {(0.8, True, 0.4)}
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert all(decays[id(p)] == (0.03 if p.dim() > 1 else 0) for p in made.model.parameters())
+    assert made.optimizer.defaults["fused"]
     if name == "torch":
-        assert made.optimizer.defaults["fused"]
-    else:
+        return
+    assert made.optimizer.max_norm == 2
+    assert training(optimizer=name, backend="reference").optimizer._backend == "reference"
+    if name == "texp":
         assert any(group["scale_invariant"] for group in groups)
-        assert training(backend="reference").optimizer._backend == "reference"
+    else:
+        assert isinstance(made.optimizer, texp.LARS)
+        assert {group["trust_coeff"] for group in groups} == {0.1}
 
 
 def test_the_loss_has_smoothed_labels():
