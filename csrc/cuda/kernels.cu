@@ -297,7 +297,7 @@ __device__ double read(const Number& number, Number::In in) {
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant__ Table<Advance, kBytes> table) {
   __shared__ Row<double> running, first, idle;
-  __shared__ double growth;
+  __shared__ double growth, lr, weight_decay, grad_scale;
   __shared__ bool has_momentum;
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");  // apply may be launched from here on
@@ -316,15 +316,17 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
     const Hyperparameters h{read(group.lr, group.in[0]),        read(group.momentum, group.in[1]),
                             read(group.dampening, group.in[2]), read(group.weight_decay, group.in[3]),
                             group.nesterov,                     group.maximize,
-                            group.scale_invariant};
+                            group.scale_invariant,              group.trust};
     const bool momentum_initialized = !group.without_buffers && scale.momentum_initialized != 0;
-    double grad_scale = step.grad_scale == nullptr ? 1.0 : global(step.grad_scale);
+    grad_scale = step.grad_scale == nullptr ? 1.0 : global(step.grad_scale);
     if (clips) grad_scale /= clip_factor(global(step.norm), step.max_norm);
     const Step next = advance({scale.P, scale.exponent, scale.kappa}, h, !momentum_initialized, grad_scale);
     running = next.running;
     first = next.first;
     idle = next.idle;
     growth = next.growth;
+    lr = h.lr;
+    weight_decay = h.weight_decay;
     has_momentum = h.momentum != 0;
     // If not, the next launch computes the same step for the rest of its requests.
     if (group.end <= head.end)
@@ -349,7 +351,14 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
       row = idle;
       if (empty) row.a_p = 0;  // its buffer is 0 and stays 0
     } else {
-      row = has_momentum && empty ? first : running;
+      const Row<double>& of_group = has_momentum && empty ? first : running;
+      if (group.trust.is_used) {
+        const Hyperparameters h{.lr = lr, .weight_decay = weight_decay, .trust = group.trust};
+        const double p_norm = std::sqrt(global(step.sums + 2 * i)), g_norm = std::sqrt(global(step.sums + 2 * i + 1));
+        row = with_ratio(of_group, trust_ratio(h, p_norm, g_norm / std::abs(grad_scale)));
+      } else {
+        row = of_group;
+      }
       if (has_momentum && request.has_buffer) global(slot) = 1;
     }
   }

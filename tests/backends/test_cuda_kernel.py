@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 import texp
 from tests.backends.tables import DTYPES, address, layout, rows_of, tensor_entry
-from tests.conftest import same_bits
+from tests.conftest import relative_error, same_bits
 from tests.test_theory import hypers
 from texp import theory
 from texp.backends import Kernels
 from texp.backends.reference import Entry
 from texp.step.groups import scale_of
-from texp.theory import Hyperparameters, Row, Scale
+from texp.theory import Hyperparameters, Row, Scale, Trust
 
 ROOT = Path(__file__).parents[2]
 COMPILER = (os.environ.get("CXX") or "c++").split()[0]
@@ -81,11 +81,21 @@ class Launcher:
         self._check(self.kernel.texp_cuda_apply(0, None, table, n, self._table(layout.Row, rows)[1], None, None))
 
     def step_on_device(
-        self, version: int, tensors: bytes, groups: bytes, requests: bytes, state, grad_scale, found_inf, capturing
+        self,
+        version: int,
+        tensors: bytes,
+        groups: bytes,
+        requests: bytes,
+        state,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        capturing: bool,
+        clip: tuple[float, int, bool] | None,
+        has_trust: bool,
     ) -> None:
         n, table = self._table(layout.TensorEntry, tensors)
-        n_groups, groups = self._table(layout.GroupEntry, groups)
-        n_requests, requests = self._table(layout.RowRequest, requests)
+        n_groups, of_groups = self._table(layout.GroupEntry, groups)
+        n_requests, of_requests = self._table(layout.RowRequest, requests)
         assert n == n_requests
         self.rows, self.skip = torch.full((n, 10), POISON, dtype=torch.float64), torch.tensor([-1], dtype=torch.int32)
         step = layout.DeviceStep(
@@ -95,7 +105,15 @@ class Launcher:
             rows=address(self.rows),
             skip=address(self.skip),
         )
-        self._check(self.kernel.texp_cuda_advance(0, None, groups, n_groups, requests, n, ctypes.byref(step)))
+        if clip is not None:
+            step.max_norm, reduction, step.skips_nonfinite = clip
+            sums = self.reduce("cpu", tensors, reduction)
+            state.norm.fill_(self.norm(groups, requests, sums, reduction, grad_scale))
+            step.norm = address(state.norm)
+        if has_trust:
+            sums = self.reduce("cpu", tensors)
+            step.sums = address(sums)
+        self._check(self.kernel.texp_cuda_advance(0, None, of_groups, n_groups, of_requests, n, ctypes.byref(step)))
         arguments = (table, n, None, address(self.rows), address(self.skip))
         self._check(self.kernel.texp_cuda_apply(0, None, *arguments))
 
@@ -340,6 +358,13 @@ class Group:
         return initialized or (kind == layout.STEP and has_buffer and self.hyper.momentum != 0)
 
 
+def sums_of_squares(n: int) -> Tensor:
+    """All different but for some that are 0 or not finite."""
+    sums = 4 * torch.rand(2 * n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    sums[::7], sums[::45], sums[::47] = 0.0, math.inf, math.nan
+    return sums.view(n, 2)
+
+
 class TestAdvance:
     @staticmethod
     def advance(
@@ -372,6 +397,8 @@ class TestAdvance:
             for name in ("nesterov", "maximize", "scale_invariant"):
                 setattr(entry, name, getattr(group.hyper, name))
             entry.without_buffers = group.without_buffers
+            if (trust := group.hyper.trust) is not None:
+                entry.trust = layout.Trust(trust.coeff, trust.eps, True, trust.clips, trust.always_adapts)
             for kind, power, has_buffer, new, _ in group.tensors:
                 requests.append(layout.RowRequest(power, len(entries), len(requests), kind, has_buffer, new))
             entry.end = len(requests)
@@ -382,7 +409,8 @@ class TestAdvance:
         of_step = {"grad_scale": grad_scale, "found_inf": found_inf}
         of_step = {name: None if x is None else torch.tensor(x) for name, x in of_step.items()}
         of_step["norm"] = None if norm is None else torch.tensor(norm, dtype=torch.float64)
-        of_step |= {"momentum_initialized": initialized, "rows": rows, "skip": skip}
+        sums = sums_of_squares(len(requests)) if any(group.hyper.trust for group in groups) else None
+        of_step |= {"momentum_initialized": initialized, "rows": rows, "skip": skip, "sums": sums}
         addresses = {name: address(x) for name, x in of_step.items()}
         step = layout.DeviceStep(max_norm=max_norm, skips_nonfinite=skips_nonfinite, **addresses)
         before, scales_before, initialized_before = kernel.launches_so_far(), bytes(scales), initialized.clone()
@@ -410,7 +438,13 @@ class TestAdvance:
         expected, expected_initialized = [], []
         for scale, group in zip(scales, groups, strict=True):
             of_group = theory.advance(group.scale, group.hyper, first=group.first, grad_scale=grad_scale)
-            expected += [group.row(of_group, *x) for x in group.tensors]
+            for x in group.tensors:
+                row, trust = group.row(of_group, *x), group.hyper.trust
+                if trust is not None and x[0] == layout.STEP:
+                    p_norm, g_norm = map(math.sqrt, sums[len(expected)].tolist())
+                    of_norms = p_norm, g_norm / abs(grad_scale)
+                    row = row.with_ratio(trust.ratio(group.hyper.lr, group.hyper.weight_decay, *of_norms))
+                expected.append(row)
             expected_initialized += [group.is_initialized_after(*x) for x in group.tensors]
             assert Scale(scale.P, scale.exponent, scale.kappa) == of_group.scale
             assert scale.momentum_initialized == (not group.first or group.hyper.momentum != 0)
@@ -430,7 +464,7 @@ class TestAdvance:
         momentum_initialized=st.booleans(),
         without_buffers=st.booleans(),
         numbers_in=st.tuples(*[st.integers(0, 2)] * 4),
-        grad_scale=st.sampled_from([None, 1.0, 2.0**16, 3.0]),
+        grad_scale=st.sampled_from([None, 1.0, 2.0**16, -3.0]),
         found_inf=st.sampled_from([None, 0.0, 0.0, 1.0, math.nan]),
         norm=st.sampled_from([None, 0.0, 0.75, 3.0, 1e300, math.inf, math.nan]),
         max_norm=st.sampled_from([1.0, 0.1, math.inf]),
@@ -456,6 +490,28 @@ class TestAdvance:
         clipping = norm, max_norm, skips_nonfinite
         assert self.advance(kernel, [group], grad_scale, found_inf, *clipping) == 1
 
+    @settings(max_examples=60)
+    @given(
+        hyper=hypers,
+        trust=st.builds(
+            Trust,
+            coeff=st.sampled_from([0.0, 1e-3, 0.5]),
+            eps=st.sampled_from([0.0, 1e-8, 1.0]),
+            clips=st.booleans(),
+            always_adapts=st.booleans(),
+        ),
+        momentum_initialized=st.booleans(),
+        numbers_in=st.tuples(*[st.integers(0, 2)] * 4),
+        grad_scale=st.sampled_from([None, 2.0**16, -3.0]),
+        norm=st.sampled_from([None, 0.75, 3.0, 1e300, math.nan]),
+    )
+    def test_rows_times_trust_ratios(self, kernel, hyper, trust, momentum_initialized, numbers_in, grad_scale, norm):
+        """Beside a group without them, after which its tensors stand."""
+        hyper = hyper._replace(scale_invariant=False, trust=trust)
+        group = Group(hyper, Scale(), momentum_initialized, numbers_in=numbers_in, tensors=self.ALL)
+        other = Group(HYPERS[-2], Scale(1.9, 3, 0.1), tensors=self.ALL)
+        assert self.advance(kernel, [other, group], grad_scale, None, norm) == 1
+
     @pytest.mark.parametrize("skips_nonfinite", [False, True])
     @pytest.mark.parametrize("norm", [0.5, 4.0, math.inf, math.nan])
     def test_a_norm_clips_or_skips_the_step(self, kernel, norm, skips_nonfinite):
@@ -470,7 +526,7 @@ class TestAdvance:
             ([0, 0, 3, 0], 1),
             ([1, 3000, 0, 2], 3),
             ([2000, 2000, 2000], 5),
-            ([0] * 1500, 3),
+            ([0] * 1500, 4),
             ([1] * 465, 2),
         ],
         ids=lambda x: str(x)[:20],
@@ -478,9 +534,13 @@ class TestAdvance:
     @pytest.mark.parametrize(("found_inf", "norm"), [(0.0, 4.0), (1.0, 4.0), (0.0, math.inf)])
     def test_any_number_of_groups_and_tensors(self, kernel, sizes, launches, found_inf, norm):
         """A group over several launches advances once, and all of its rows are those of the same step."""
+        trusts = [
+            Trust(0.02, always_adapts=True) if i % 2 == 0 and not of.scale_invariant else None
+            for i, of in enumerate(HYPERS)
+        ]
         groups = [
             Group(
-                HYPERS[i % len(HYPERS)]._replace(lr=0.1 + i / 1024),
+                HYPERS[i % len(HYPERS)]._replace(lr=0.1 + i / 1024, trust=trusts[i % len(HYPERS)]),
                 Scale(1 + i / 2048, i, 0.25) if HYPERS[i % len(HYPERS)].scale_invariant else Scale(),
                 momentum_initialized=i % 2 == 1,
                 tensors=[self.ALL[j % len(self.ALL)] for j in range(size)],
@@ -698,6 +758,8 @@ class OnDevice:
             torch.tensor(grad_scale),
             torch.tensor(float(found_inf)),
             False,
+            None,
+            False,
         )
         self.buffered |= made
         return self.kernel.launches_so_far() - before
@@ -835,3 +897,87 @@ def test_whole_steps_with_and_without_a_scaler(kernel, name, dtype, of_grads):
     (expected, scales), (actual, scales_on_device) = runs
     assert scales == scales_on_device
     assert all(same_bits(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+CLIPS = [{"max_norm": 200.0}, {"max_norm": 8.0, "norm_type": math.inf}]
+
+
+class TestStepsThatNeedSums:
+    """Whole optimizers against the reference, in float64. Sums of 8,200 squares in another order differ by 1e-14 at
+    most, norms by half of that. A step rounds a few times besides, and there are 6 of them."""
+
+    @staticmethod
+    def run(make, launcher: Launcher | None) -> tuple[list[Tensor], list[Scale], list[float]]:
+        """Weights and buffers, scales, and the norms of the steps that were taken."""
+        generator = torch.Generator().manual_seed(0)
+        normal = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        params = [nn.Parameter(normal(shape)) for shape in ((5, 3), (), (300,), (REDUCE_TILE + 8,), (7,), (2, 3))]
+        params[4].data.zero_()
+        optimizer, norms = make(params, "reference" if launcher is None else "cpu"), []
+        if launcher is not None:
+            optimizer._use(Kernels(core, cpu=launcher, scale_on="cpu", launcher=launcher))
+        clips = optimizer.max_norm is not None
+        for t in range(6):
+            for i, p in enumerate(params):
+                grad = normal(p.shape) * 4.0 ** (t % 3) * ((i, t) != (3, 2))
+                p.grad = None if (i, t) in ((1, 0), (0, 3), (5, 4)) else grad
+            if t == 1 and clips:
+                params[0].grad[0, 0] = math.nan
+            scaled = t in (2, 4, 5)
+            optimizer.grad_scale = torch.tensor(3.0) if scaled else None
+            optimizer.found_inf = torch.tensor(float(t == 4)) if scaled else None
+            optimizer.step()
+            assert optimizer.step_was_skipped == (t == 4 or (t == 1 and clips))
+            if clips and not optimizer.step_was_skipped:
+                norms.append(optimizer.grad_norm.item())
+        assert not clips or min(norms) < optimizer.max_norm < max(norms)
+        bufs = [values["momentum_buffer"] for values in optimizer.state_dict()["state"].values()]
+        return params + bufs, list(map(scale_of, optimizer.param_groups)), norms
+
+    def check(self, kernel, make) -> None:
+        (expected, *theirs), (actual, *ours) = (self.run(make, launcher) for launcher in (None, Launcher(kernel)))
+        (scales, norms), (scales_on_device, norms_on_device) = theirs, ours
+        assert scales_on_device == scales
+        assert norms_on_device == pytest.approx(norms, rel=1e-13)
+        for a, b in zip(actual, expected, strict=True):
+            assert b.isfinite().all()
+            assert relative_error(a, b) < 1e-13
+
+    @pytest.mark.parametrize("clip", CLIPS, ids=str)
+    @pytest.mark.parametrize("name", ARGUMENTS)
+    def test_of_sgd(self, kernel, name, clip):
+        """Clipped, in exponential and ordinary groups."""
+
+        def make(params: list[Tensor], backend: str) -> texp.SGD:
+            groups = [
+                {"params": params[:3]},
+                {"params": params[3:], "lr": 0.05, "weight_decay": 0.2, "scale_invariant": False},
+            ]
+            return texp.SGD(groups, backend=backend, skip_nonfinite=True, **clip, **ARGUMENTS[name])
+
+        self.check(kernel, make)
+
+    @pytest.mark.parametrize("clip", [{}, *CLIPS], ids=str)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"trust_clip": True},
+            {"momentum": 0.9, "dampening": 0.25},
+            {"momentum": 0.9, "nesterov": True, "always_adapt": True, "maximize": True},
+            {"momentum": 0.9, "trust_clip": True, "always_adapt": True},
+        ],
+        ids=str,
+    )
+    def test_of_lars(self, kernel, options, clip):
+        """One group without decay, and one with other arguments."""
+
+        def make(params: list[Tensor], backend: str) -> texp.LARS:
+            groups = [
+                {"params": params[:2]},
+                {"params": params[2:5], "lr": 0.1, "trust_coeff": 0.3, "eps": 2.0},
+                {"params": params[5:], "weight_decay": 0.0},
+            ]
+            arguments = {"lr": 0.5, "weight_decay": 0.5, "trust_coeff": 0.1, **options, **clip}
+            return texp.LARS(groups, backend=backend, skip_nonfinite=bool(clip), **arguments)
+
+        self.check(kernel, make)
