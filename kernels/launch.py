@@ -37,7 +37,7 @@ _AS_IT_IS = contextlib.nullcontext()
 # `apply` that saves instructions and roundings, but P and κ are to have the bits that the host computes.
 _KERNELS = {
     kernels.apply: ("uint8 int64 float64 int32", True),
-    kernels.advance: ("uint8 uint8 float64 int32 float64 uint8 float32 float32 float64", False),
+    kernels.advance: ("uint8 uint8 float64 int32 float64 float64 uint8 float32 float32 float64", False),
     kernels.reduce: ("uint8 int64 int64 float64", False),
     kernels.add: ("int64 float64 float64", False),
     kernels.norm: ("uint8 uint8 float64 float64 float32 float64", False),
@@ -243,19 +243,25 @@ def _sums(reduction: int, device: torch.device, tiles: Tiles, begins: Tensor, te
 
 
 def _on_device(
-    reduction: int | None, device: torch.device, tiles: Tiles, begins: Tensor, tensors, groups, requests, clip=None
-) -> list[list[Launch]]:
-    """One list for each phase, of which the first two are there for clipping: reduce, norm, advance, apply."""
+    has_trust: bool, reduction: int | None, device: torch.device, tiles: Tiles, begins: Tensor, tensors: Tensor,
+    groups: Tensor, requests: Tensor, clip: Tensor | None = None,
+) -> list[list[Launch]]:  # fmt: skip
+    """One list for each phase: reduce, for trust ratios and clipping, norm, for clipping, advance, apply."""
     n = len(begins) - 1
     rows = torch.empty(n, 10, dtype=torch.float64, device=device)
     skip = torch.empty(1, dtype=torch.int32, device=device)
-    reduces, norms = [], []
+    # Trust ratios and the 2-norm are made of the same sums.
+    of_norm = layout.SQUARES if has_trust and reduction == layout.GRAD_SQUARES else reduction
+    needed = [layout.SQUARES] * has_trust + [of_norm] * (clip is not None)
+    sums = {which: torch.empty(n, 2, dtype=torch.float64, device=device) for which in needed}
+    reduces = [x for which, to in sums.items() if n for x in _sums(which, device, tiles, begins, tensors, to)]
+    norms = []
     if clip is not None:
-        sums, clip = torch.empty(n, 2, dtype=torch.float64, device=device), clip.view(torch.float64)
-        reduces = _sums(reduction, device, tiles, begins, tensors, sums) if n else []
-        norms = [_prepare(kernels.norm, device, 1, (_BLOCK, reduction), groups, requests, clip, sums)]
+        clip = clip.view(torch.float64)
+        norms = [_prepare(kernels.norm, device, 1, (_BLOCK, reduction), groups, requests, clip, sums[of_norm])]
     count = len(groups) // _GROUP["size"]
-    advance = _prepare(kernels.advance, device, count, (_BLOCK,), groups, requests, rows, skip, clip)
+    of_trust = sums.get(layout.SQUARES)
+    advance = _prepare(kernels.advance, device, count, (_BLOCK,), groups, requests, rows, skip, clip, of_trust)
     return [reduces, norms, [advance], _applies(tiles, tensors, rows, skip)]
 
 
@@ -303,9 +309,10 @@ class Launcher:
             capturing: whether the step is being captured in a graph.
             clip: by what the norm of all gradients is to be at most, layout.GRAD_SQUARES or GRAD_MAX, and whether a
                 norm that is not finite changes nothing. The norm is left in `state.norm`, one float64.
+            has_trust: whether one of the groups has a Trust, for which tensors are summed up.
         """
         max_norm, reduction, skips_nonfinite = clip or (0.0, None, False)
-        step = self._step(state.scales.device, _on_device, reduction)
+        step = self._step(state.scales.device, _on_device, has_trust, reduction)
         tables = (tensors, groups or bytes(_GROUP["size"]), requests)
         clipping = struct.pack("3d", max_norm, skips_nonfinite, len(tensors) // _ENTRY["size"]) if clip else b""
         scale, norm = _argument(grad_scale), _argument(state.norm if clip else None)

@@ -31,6 +31,10 @@ GROUP, AT_LR, AT_MOMENTUM, AT_DAMPENING, AT_WEIGHT_DECAY, AT_SCALE, AT_BEGIN, AT
 AT_NESTEROV, AT_MAXIMIZE, AT_SCALE_INVARIANT, AT_WITHOUT_BUFFERS = _constants(
     layout.GroupEntry, "nesterov", "maximize", "scale_invariant", "without_buffers"
 )
+AT_COEFF, AT_EPS, AT_IS_USED, AT_CLIPS, AT_ALWAYS_ADAPTS = [
+    tl.constexpr(layout.GroupEntry.trust.offset + layout.offsets(layout.Trust)[name])
+    for name in ("coeff", "eps", "is_used", "clips", "always_adapts")
+]
 AT_BIG_P, AT_KAPPA, AT_EXPONENT, AT_MOMENTUM_INITIALIZED = _constants(
     layout.DeviceScale, "P", "kappa", "exponent", "momentum_initialized"
 )
@@ -275,15 +279,17 @@ def _clipped(kappa, limit):
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "groups", "requests", "rows", "skip", "clip", "momentum_initialized", "grad_scale", "found_inf", "norm",
+        "groups", "requests", "rows", "skip", "clip", "sums", "momentum_initialized", "grad_scale", "found_inf",
+        "norm",
     ]
 )  # fmt: skip
 def advance(
-    BLOCK: tl.constexpr, groups, requests, rows, skip, clip, momentum_initialized, grad_scale, found_inf, norm
+    BLOCK: tl.constexpr, groups, requests, rows, skip, clip, sums, momentum_initialized, grad_scale, found_inf, norm
 ):
     """Computes the rows that one group's tensors request, and advances its P and κ: texp.theory.advance, in float64.
     All gradients are multiplied by clip_factor of csrc/math/scale.h, unless `norm`, that of the kernel, and `clip`
-    are null.
+    are null. Where a group has a Trust, gradient and decay of each tensor are multiplied by its trust_ratio of the
+    same file, which is made of ‖p‖² and ‖g‖², as `add` leaves them; where none has, `sums` may be null.
 
     If found_inf is not 0, nothing is changed, and `skip` says so to `apply`; the same where norm is not finite and
     `clip` says so. A null found_inf counts as 0, a null grad_scale as 1, and a group whose scale is null as none.
@@ -339,12 +345,20 @@ def advance(
     growth = shrink / alpha
 
     P2 = P * P
-    sign = tl.where(maximize, -1.0, 1.0) / (_given(grad_scale, 1.0) / factor)
+    divided_by = _given(grad_scale, 1.0) / factor
+    sign = tl.where(maximize, -1.0, 1.0) / divided_by
     heavy_ball = direct == 0  # then d = u, and α·u + κc·η·d is u itself
     idle_a_p = alpha * (kappa - kappa_c / alpha) / P2
     r_u, r_d = tl.where(heavy_ball, 1.0, alpha) / shrink, tl.where(heavy_ball, 0.0, kappa_c * lr) / shrink
 
-    kind_with_momentum = tl.where(plain, -1, STEP)  # the interpreter cannot broadcast a comparison of floats
+    coeff, eps = _field(group, AT_COEFF, tl.float64), _field(group, AT_EPS, tl.float64)
+    clips, always_adapts = _field(group, AT_CLIPS, tl.uint8) != 0, _field(group, AT_ALWAYS_ADAPTS, tl.uint8) != 0
+    has_ratio = (_field(group, AT_IS_USED, tl.uint8) != 0) & ((weight_decay != 0) | always_adapts)
+    has_ratio &= (clips == 0) | (lr != 0)
+    over, most = tl.where(clips, lr, 1.0), tl.where(clips, 1.0, float("inf"))
+
+    # The interpreter cannot broadcast a comparison of floats.
+    kind_with_momentum, kind_with_ratio = tl.where(plain, -1, STEP), tl.where(has_ratio, STEP, -1)
     at, end = _field(group, AT_BEGIN, tl.int32), _field(group, AT_END, tl.int32)
     while at < end:
         i = at + tl.arange(0, BLOCK)
@@ -363,6 +377,12 @@ def advance(
         grown = tl.exp(tl.where(kind == STATISTIC, power, 0.0) * tl.log(growth))
         grown = tl.where(power == 1, growth, tl.where(power == 2, growth * growth, grown))
 
+        p_norm = tl.sqrt(tl.load(sums + 2 * i, mask & (kind == kind_with_ratio), other=0.0))
+        g_norm = tl.sqrt(tl.load(sums + 2 * i + 1, mask & (kind == kind_with_ratio), other=0.0)) / tl.abs(divided_by)
+        ratio = coeff * p_norm / (g_norm + p_norm * weight_decay + eps)
+        ratio = tl.where((p_norm > 0) & (g_norm > 0), ratio, 1.0) / over
+        ratio = tl.where(kind == kind_with_ratio, tl.where(ratio > most, most, ratio), 1.0)
+
         a_b = tl.where(runs, keep, tl.where(idle, alpha, 0.0))
         a_g = tl.where(runs, enter * sign, tl.where(starts, sign, 0.0))
         a_p = tl.where(runs, kappa_running, kappa_first) - kappa_c
@@ -370,11 +390,11 @@ def advance(
         a_p = tl.where(steps, a_p / P2, tl.where(idle & (uninitialized == 0), idle_a_p, 0.0))
         row = rows + 10 * i.to(tl.int64)
         tl.store(row, a_b, mask)
-        tl.store(row + 1, a_g, mask)
-        tl.store(row + 2, a_p, mask)
+        tl.store(row + 1, a_g * ratio, mask)
+        tl.store(row + 2, a_p * ratio, mask)
         tl.store(row + 3, tl.where(steps, through, 0.0), mask)
-        tl.store(row + 4, tl.where(steps, direct * sign, 0.0), mask)
-        tl.store(row + 5, tl.where(steps, (mu - mu_c) / P2, 0.0), mask)
+        tl.store(row + 4, tl.where(steps, direct * sign * ratio, 0.0), mask)
+        tl.store(row + 5, tl.where(steps, (mu - mu_c) / P2 * ratio, 0.0), mask)
         tl.store(row + 6, tl.where(steps, shrink, tl.where(idle, growth, grown)), mask)
         tl.store(row + 7, tl.where(steps, P2 * lr / alpha * shrink, 0.0), mask)
         tl.store(row + 8, tl.where(steps, r_u, tl.where(idle, 1 / shrink, 0.0)), mask)

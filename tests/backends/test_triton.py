@@ -141,7 +141,7 @@ def test_what_is_not_finite_shows_in_a_maximum(at, sign, dtype):
 class Advanced:
     """What a step on the device makes of one group, of one element a tensor.
 
-    lr: in device memory, in place of that of hyper. grad: of each tensor, if not 0.
+    lr: in device memory, in place of that of hyper. weight, grad: of all tensors or of each, grad if not 0.
     """
 
     # What a tensor is and has: kind, has_buffer, newly_allocated.
@@ -156,32 +156,51 @@ class Advanced:
 
     def __init__(
         self, scale: Scale, hyper, initialized: bool, without_buffers: bool, grad_scale=None, found_inf=None, lr=None,
-        grad=0.0, clip=None,
+        grad=0.0, clip=None, weight=1.0,
     ):  # fmt: skip
         self.scales = torch.tensor([[scale.P, scale.kappa, 0, 0]], dtype=torch.float64)
         self.scales.view(torch.int64)[0, 2:] = torch.tensor([scale.exponent, initialized])
         self.momentum_initialized = torch.tensor(self.INITIALIZED, dtype=torch.uint8)
-        self.p = torch.ones(len(self.TENSORS) + len(self.POWERS), dtype=torch.float64)
+        count = len(self.TENSORS) + len(self.POWERS)
+        self.p, self.g = (torch.tensor(x, dtype=torch.float64).expand(count).clone() for x in (weight, grad))
         requests = [layout.RowRequest(0, 0, slot, *request) for slot, request in enumerate(self.TENSORS.values())]
         requests += [layout.RowRequest(power, 0, -1, layout.STATISTIC) for power in self.POWERS]
         where = self.scales.data_ptr(), 0, len(requests), (0, 0, 0, 0)
-        group = layout.GroupEntry(*map(layout.Number, hyper[:4]), *where, *hyper[4:], without_buffers)
+        group = layout.GroupEntry(*map(layout.Number, hyper[:4]), *where, *hyper[4:7], without_buffers)
+        if hyper.trust is not None:
+            coeff, eps, *flags = hyper.trust
+            group.trust = layout.Trust(coeff, eps, True, *flags)
         if lr is not None:
             group.lr.at = lr.data_ptr()
             getattr(group, "in")[0] = layout.FLOAT32 if lr.dtype == torch.float32 else layout.FLOAT64
-        self.g, self.norm = torch.full_like(self.p, grad), torch.full((1,), -1.0, dtype=torch.float64)
+        self.norm = torch.full((1,), -1.0, dtype=torch.float64)
         tensors = b"".join(tensor_entry(x, g if grad else None) for x, g in zip(self.p, self.g, strict=True))
         self.tables = tensors, bytes(group), b"".join(requests)
         self.given = (
             None if grad_scale is None else torch.tensor([grad_scale]),
             None if found_inf is None else torch.tensor([found_inf]),
         )
-        self.launcher = launch().Launcher()
-        self.launcher.step_on_device(1, *self.tables, self, *self.given, False, clip)
+        self.launcher, self.clip, self.hyper = launch().Launcher(), clip, hyper
+        self.step()
         (step,) = self.launcher._steps.values()
         reduces, norms, (advance,), _ = step._last.launches
-        assert (len(reduces), len(norms)) == ((0, 0) if clip is None else (2, 1))
-        self.rows, self.skip, _ = advance.tensors[2:]
+        has_trust, maxima = hyper.trust is not None, clip is not None and clip[1] == layout.GRAD_MAX
+        reductions = has_trust + maxima if has_trust else clip is not None
+        assert (len(reduces), len(norms)) == (2 * reductions, clip is not None)
+        self.rows, self.skip, _, self.sums = advance.tensors[2:]
+
+    def step(self, capturing: bool = False) -> None:
+        has_trust = self.hyper.trust is not None
+        self.launcher.step_on_device(1, *self.tables, self, *self.given, capturing, self.clip, has_trust)
+
+    def divided_by(self) -> float:
+        """What gradients are."""
+        scale = 1.0 if self.given[0] is None else self.given[0].item()
+        return scale if self.clip is None else scale / theory.clip_factor(self.norm.item(), self.clip[0])
+
+    def ratio(self, p_squares: float, g_squares: float) -> float:
+        g_norm = math.sqrt(g_squares) / abs(self.divided_by())
+        return self.hyper.trust.ratio(self.hyper.lr, self.hyper.weight_decay, math.sqrt(p_squares), g_norm)
 
     def scale(self) -> Scale:
         return Scale(self.scales[0, 0].item(), int(self.scales.view(torch.int64)[0, 2]), self.scales[0, 1].item())
@@ -227,6 +246,55 @@ def test_the_rows_on_the_device_have_the_bits_of_theory(
     # Each tensor, a weight of 1 without a gradient, has been given its row.
     expected = [applied(Row(*row), 1.0, 0.0, 0.0)[0] for row in of.rows.tolist()]
     assert of.p.tolist() == pytest.approx(expected, rel=1e-15)
+
+
+CLIPS = [None, *((0.7, reduction, False) for reduction in GRADS_ALONE)]
+trusts = st.builds(
+    theory.Trust,
+    coeff=st.sampled_from([0.0, 1e-3, 0.7]),
+    eps=st.sampled_from([0.0, 1e-8, 0.3]),
+    clips=st.booleans(),
+    always_adapts=st.booleans(),
+)
+ELEMENTS = len(Advanced.TENSORS) + len(Advanced.POWERS)
+elements = st.lists(st.sampled_from([0.0, 1e-3, -0.3, 7.0]), min_size=ELEMENTS, max_size=ELEMENTS)
+
+
+@interpreter
+@settings(max_examples=40)
+@given(
+    hyper=hypers,
+    trust=trusts,
+    weight=elements,
+    grad=elements,
+    odd=st.sampled_from([1.0, 1.0, 1.0, math.inf, math.nan]),
+    lr_in=st.sampled_from([None, torch.float32, torch.float64]),
+    initialized=st.booleans(),
+    grad_scale=st.sampled_from([None, 2.0**16, 3.0, -3.0]),
+    clip=st.sampled_from(CLIPS),
+    at_once=st.sampled_from([4, 256]),
+)
+def test_rows_with_trust_ratios_have_the_bits_of_theory(
+    hyper, trust, weight, grad, odd, lr_in, initialized, grad_scale, clip, at_once
+):
+    """Of tensors that have gradients; other rows are those that they would be without.
+
+    odd: of the last of these tensors the weight and the gradient. lr_in: the dtype of a LR in device memory.
+    """
+    weight[6] = grad[6] = odd
+    lr = None if lr_in is None else torch.tensor(hyper.lr, dtype=lr_in)
+    hyper = hyper._replace(lr=hyper.lr if lr is None else lr.item(), scale_invariant=False, trust=trust)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch(), "_BLOCK", at_once)
+        of = Advanced(Scale(), hyper, initialized, False, grad_scale, lr=lr, grad=grad, clip=clip, weight=weight)
+    squares = torch.tensor([weight, grad], dtype=torch.float64).T.square()
+    assert torch.allclose(of.sums, squares, rtol=0, atol=0, equal_nan=True)
+    step = theory.advance(Scale(), hyper, first=not initialized, grad_scale=of.divided_by())
+    rows = [step.running, step.first, step.running, *[step.idle] * 3, step.first]
+    for i in (0, 1, 2, 6):
+        rows[i] = rows[i].with_ratio(of.ratio(*squares[i].tolist()))
+    rows += map(step.norm_stat, of.POWERS)
+    assert torch.allclose(of.rows, torch.tensor(rows, dtype=torch.float64), rtol=0, atol=0, equal_nan=True)
 
 
 @interpreter
@@ -524,7 +592,7 @@ class TestUploads:
     @of_grads_alone
     def test_another_limit_is_uploaded_alone(self, uploads, reduction):
         """With 24 bytes, and only where it is another one."""
-        of, whole = Clipped((1.0, [torch.full((4,), 3.0)])), 40 + 56 + 24 + 24
+        of, whole = Clipped((1.0, [torch.full((4,), 3.0)])), 40 + 80 + 24 + 24
         norm = 6.0 if reduction == layout.GRAD_SQUARES else 3.0
         assert of.expected_norm(reduction) == norm
         total = 0.0
@@ -569,6 +637,34 @@ class TestUploads:
             factor = theory.clip_factor(of.norm.item(), 1.0)
             for p, start, (P, g) in zip(of.params, before, of.grads, strict=True):
                 assert torch.allclose(p - start, -P * P * g.double() * factor, rtol=1e-13)
+        assert all((x == 7).all() for x in other)
+
+    @pytest.mark.parametrize("clip", CLIPS, ids=["unclipped", "squares", "max"])
+    def test_a_captured_step_has_trust_ratios(self, clip):
+        """Of norms as they are when it is launched again."""
+        if REASON != backends.OK:
+            pytest.skip(REASON)
+        hyper = theory.Hyperparameters(0.5, 0.9, weight_decay=0.1, trust=theory.Trust(0.02))
+        of = Advanced(Scale(), hyper, True, False, 2.0, weight=2.0, grad=1.0, clip=clip)
+        of.launcher.capturable = True
+        of.step()
+        of.step(capturing=True)
+        of.step()
+        (captured,) = [phases for step in of.launcher._steps.values() for _, phases in step._captured]
+        rows, _, _, sums = captured[2][0].tensors[2:]
+        other = [torch.full((1000,), 7.0, dtype=torch.float64) for _ in range(10)]  # takes memory that was freed
+        for k in (1.0, 4.0):
+            of.p.fill_(3.0 * k)
+            of.g.fill_(k * k)
+            scale, norm = of.given[0], launch()._argument(of.norm if clip else None)
+            given = (of.momentum_initialized, scale, launch()._argument(None), norm)
+            for phase, arguments in zip(captured, ((), (scale, norm), given, ()), strict=True):
+                for again in phase:
+                    again(None, *arguments)
+            assert sums[0].tolist() == [9 * k**2, k**4]
+            assert of.ratio(9 * k**2, k**4) != 1
+            running = theory.advance(Scale(), hyper, grad_scale=of.divided_by()).running
+            assert rows[0].tolist() == list(running.with_ratio(of.ratio(9 * k**2, k**4)))
         assert all((x == 7).all() for x in other)
 
     def test_a_capture_reads_memory_of_its_own(self, uploads):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,8 +35,8 @@ CLASSES = [  # of parameter, gradient and buffer
 
 
 def launch_all(launcher) -> None:
-    """One tensor of each class: its row applied, given and from the device, clipped by both norms, too, and its
-    squares summed up.
+    """One tensor of each class: its row applied, given and from the device, clipped by both norms, too, with trust
+    ratios and without, and its squares summed up.
     """
     given, tensors = [], []
     for dtypes in CLASSES:
@@ -49,9 +50,9 @@ def launch_all(launcher) -> None:
         norm=torch.zeros(1, dtype=torch.float64),
     )
     limits = ((x, reduction, x > 1) for x in (1.0, 2.0) for reduction in (layout.GRAD_SQUARES, layout.GRAD_MAX))
-    for clip in (None, *limits):
-        tables = b"".join(given), bytes(56), bytes(24 * len(given))
-        launcher.step_on_device(1, *tables, state, None, None, False, clip)
+    for clip, has_trust in product((None, *limits), (False, True)):
+        tables = b"".join(given), bytes(layout.GroupEntry()), bytes(24 * len(given))
+        launcher.step_on_device(1, *tables, state, None, None, False, clip, has_trust)
     launcher.reduce("cpu", b"".join(given))
 
 

@@ -182,19 +182,21 @@ def test_nothing_is_written_beside_a_misaligned_tensor():
                 assert (whole == 7).all()
 
 
+@pytest.mark.parametrize("of", [texp.SGD, texp.LARS], ids=["SGD", "LARS"])
 @pytest.mark.parametrize("max_norm", [None, 1.0], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
 @pytest.mark.parametrize("count", [1, 40])
-def test_a_step_is_one_launch_for_each_class_of_types(count, scaled, max_norm):
-    """And one that computes the rows of all groups, where a scaler may skip the step. Where gradients are clipped,
-    those of each class are reduced before, tiles put together, and a norm made of them.
+def test_a_step_is_one_launch_for_each_class_of_types(count, scaled, max_norm, of):
+    """And one that computes the rows of all groups, where a scaler may skip the step. Where gradients are clipped, or
+    there are trust ratios, each class is reduced before and tiles put together, for both at once; a norm is made of
+    them to clip.
     """
     params = [
         nn.Parameter(torch.randn(5, device=DEVICE, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16) * 40
     ]
     for p in params:
         p.grad = torch.randn_like(p)
-    optimizer = texp.SGD(
+    optimizer = of(
         [{"params": params[i::count], "lr": 0.1 + i} for i in range(count)],
         backend="triton",
         momentum=0.9,
@@ -216,7 +218,8 @@ def test_a_step_is_one_launch_for_each_class_of_types(count, scaled, max_norm):
     # Copies of rows and a record of the step as a whole, "Optimizer.step#SGD.step", may be among the events.
     launches = [name for name in events if name in ("reduce", "add", "norm", "advance", "apply")]
     clipped = max_norm is not None
-    before = ["reduce", "reduce", "add", "norm"] * clipped + ["advance"] * (scaled or clipped)
+    reduced = clipped or of is texp.LARS
+    before = ["reduce", "reduce", "add"] * reduced + ["norm"] * clipped + ["advance"] * (scaled or reduced)
     assert sorted(launches) == sorted([*before, "apply", "apply"])
 
 
@@ -337,6 +340,46 @@ def test_a_captured_step_clips(name, norm_type):
         assert p.numel() == 0 or relative_error(q, p) < 8 * 16 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("clip", [{}, {"max_norm": 0.5}, {"max_norm": 0.05, "norm_type": math.inf}], ids=str)
+@pytest.mark.parametrize("trust_clip", [False, True])
+def test_a_captured_step_of_lars(trust_clip, clip):
+    """With a LR in device memory: with the bits of steps that are not captured, which are those of the CPU but for
+    roundings of float64."""
+    arguments = dict(clip, momentum=0.9, weight_decay=0.01, trust_coeff=0.5, trust_clip=trust_clip)
+    (params, on_gpu), (_, others) = twins(torch.float64), twins(torch.float64)
+    start, graph = [p.detach().clone() for p in params], torch.cuda.CUDAGraph()
+    cpu = texp.LARS(params, backend="cpu", **arguments)
+    lrs = [torch.tensor(1.0, device=DEVICE, dtype=torch.float64) for _ in "ab"]
+    graphed, plain = (
+        texp.LARS(x, backend="triton", capturable=True, lr=lr, **arguments)
+        for x, lr in zip((on_gpu, others), lrs, strict=True)
+    )
+    fixed = [torch.zeros_like(q) for q in on_gpu]
+    for t in range(8):
+        set_grads(params, on_gpu, t)
+        static_grads(on_gpu, fixed)
+        cpu.param_groups[0]["lr"] = 0.0 if t == 3 else 1.0 / (t + 1)
+        for lr in lrs:
+            lr.fill_(cpu.param_groups[0]["lr"])
+        for q, other in zip(on_gpu, others, strict=True):
+            other.grad = q.grad.clone()
+        if t == 1:
+            with torch.cuda.graph(graph):
+                graphed.step()
+        cpu.step()
+        plain.step()
+        if t == 0:
+            graphed.step()
+        else:
+            graph.replay()
+        for q, other in zip(on_gpu, others, strict=True):
+            assert same_bits(q.detach(), other.detach())
+    for p, q, before in zip(params, on_gpu, start, strict=True):
+        # A sum of 100,001 squares, each of which rounds, is within 2^-53 of that many times itself, on either side.
+        assert p.numel() == 0 or relative_error(q, p) < 8 * 2 * 100_001 * 2.0**-53
+        assert p.numel() == 0 or relative_error(p, before) > 1e-3
+
+
 def test_norm_stats_in_replays():
     """Powers 1 and 2 are exact products of the growth, another one is within the errors of exp and log."""
     p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5, device=DEVICE))
@@ -404,8 +447,8 @@ def test_each_capture_needs_a_step_before_it():
         pair.step(graph.replay)
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
-def test_a_schedule_compiles_nothing_again(monkeypatch, scaled):
+@pytest.mark.parametrize("how", ["unscaled", "scaled", "LARS"])
+def test_a_schedule_compiles_nothing_again(monkeypatch, how):
     import triton
 
     compiled = []
@@ -415,21 +458,25 @@ def test_a_schedule_compiles_nothing_again(monkeypatch, scaled):
 
     monkeypatch.setattr(launch(), "_compiled", {})
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", count)
-    for kernel in (launch().kernels.apply, launch().kernels.advance):
-        kernel.device_caches.clear()
+    for name in ("reduce", "add", "advance", "apply"):
+        getattr(launch().kernels, name).device_caches.clear()
     p = nn.Parameter(torch.ones(1000, device=DEVICE))
     p.grad = torch.full_like(p, 1e-3)
-    optimizer = make(p, "triton", **ARGUMENTS["exponential"])
+    if how == "LARS":
+        optimizer = texp.LARS([p], lr=0.1, weight_decay=0.1, backend="triton")
+    else:
+        optimizer = make(p, "triton", **ARGUMENTS["exponential"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    expected = {"unscaled": [], "scaled": ["advance"], "LARS": ["add", "advance", "reduce"]}[how]
     for t in range(1000):
-        if scaled:
+        if how == "scaled":
             optimizer.grad_scale, optimizer.found_inf = on_device(2.0), on_device(0.0)
         optimizer.step()
         schedule.step()
         if t == 0:
             at_first = [name.rpartition(".")[2] for name in compiled]
-            assert sorted(at_first) == ["advance"] * scaled + ["apply"]
-    assert len(compiled) == 1 + scaled
+            assert sorted(at_first) == sorted([*expected, "apply"])
+    assert len(compiled) == 1 + len(expected)
     assert optimizer.param_groups[0]["lr"] < 1e-6
 
 
