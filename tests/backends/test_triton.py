@@ -270,12 +270,11 @@ elements = st.lists(st.sampled_from([0.0, 1e-3, -0.3, 7.0]), min_size=ELEMENTS, 
     odd=st.sampled_from([1.0, 1.0, 1.0, math.inf, math.nan]),
     lr_in=st.sampled_from([None, torch.float32, torch.float64]),
     initialized=st.booleans(),
-    grad_scale=st.sampled_from([None, 2.0**16, 3.0, -3.0]),
-    clip=st.sampled_from(CLIPS),
+    scale_and_clip=st.sampled_from([(-3.0, None), *product([None, 2.0**16, 3.0], CLIPS)]),
     at_once=st.sampled_from([4, 256]),
 )
 def test_rows_with_trust_ratios_have_the_bits_of_theory(
-    hyper, trust, weight, grad, odd, lr_in, initialized, grad_scale, clip, at_once
+    hyper, trust, weight, grad, odd, lr_in, initialized, scale_and_clip, at_once
 ):
     """Of tensors that have gradients; other rows are those that they would be without.
 
@@ -286,7 +285,8 @@ def test_rows_with_trust_ratios_have_the_bits_of_theory(
     hyper = hyper._replace(lr=hyper.lr if lr is None else lr.item(), scale_invariant=False, trust=trust)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch(), "_BLOCK", at_once)
-        of = Advanced(Scale(), hyper, initialized, False, grad_scale, lr=lr, grad=grad, clip=clip, weight=weight)
+        scale, clip = scale_and_clip
+        of = Advanced(Scale(), hyper, initialized, False, scale, lr=lr, grad=grad, clip=clip, weight=weight)
     squares = torch.tensor([weight, grad], dtype=torch.float64).T.square()
     assert torch.allclose(of.sums, squares, rtol=0, atol=0, equal_nan=True)
     step = theory.advance(Scale(), hyper, first=not initialized, grad_scale=of.divided_by())
