@@ -20,7 +20,7 @@ core = backends.core()
 STRUCTS = {
     "TensorEntry": layout.TensorEntry, "RowRequest": layout.RowRequest, "Number": layout.Number,
     "GroupEntry": layout.GroupEntry, "DeviceScale": layout.DeviceScale, "DeviceStep": layout.DeviceStep,
-    "Row<double>": layout.Row,
+    "Trust": layout.Trust, "Row<double>": layout.Row,
 }  # fmt: skip
 ENUMS = {
     "Dtype": layout.DTYPES,
