@@ -257,6 +257,10 @@ trusts = st.builds(
     always_adapts=st.booleans(),
 )
 ELEMENTS = len(Advanced.TENSORS) + len(Advanced.POWERS)
+ORDINARY = {
+    "weight": [7.0] * ELEMENTS, "grad": [-0.3] * ELEMENTS, "odd": 1.0, "lr_in": None, "initialized": True,
+    "scale_and_clip": (-3.0, None), "at_once": 256,
+}  # fmt: skip
 elements = st.lists(st.sampled_from([0.0, 1e-3, -0.3, 7.0]), min_size=ELEMENTS, max_size=ELEMENTS)
 
 
@@ -273,6 +277,8 @@ elements = st.lists(st.sampled_from([0.0, 1e-3, -0.3, 7.0]), min_size=ELEMENTS, 
     scale_and_clip=st.sampled_from([(-3.0, None), *product([None, 2.0**16, 3.0], CLIPS)]),
     at_once=st.sampled_from([4, 256]),
 )
+@example(hyper=theory.Hyperparameters(0.1, 0.9, weight_decay=0.1), trust=theory.Trust(0.7), **ORDINARY)
+@example(hyper=theory.Hyperparameters(0.0, weight_decay=0.1), trust=theory.Trust(0.0, clips=True), **ORDINARY)
 def test_rows_with_trust_ratios_have_the_bits_of_theory(
     hyper, trust, weight, grad, odd, lr_in, initialized, scale_and_clip, at_once
 ):
