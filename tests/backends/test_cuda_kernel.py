@@ -911,7 +911,7 @@ class TestStepsThatNeedSums:
         """Weights and buffers, scales, and the norms of the steps that were taken."""
         generator = torch.Generator().manual_seed(0)
         normal = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
-        params = [nn.Parameter(normal(shape)) for shape in ((5, 3), (), (300,), (REDUCE_TILE + 8,), (7,), (2, 3))]
+        params = [nn.Parameter(normal(shape)) for shape in ((5, 3), (), (0,), (REDUCE_TILE + 8,), (7,), (2, 3))]
         params[4].data.zero_()
         optimizer, norms = make(params, "reference" if launcher is None else "cpu"), []
         if launcher is not None:

@@ -270,10 +270,11 @@ def test_a_step_long_enough_to_release_the_gil(target):
     assert torch.allclose(p, torch.full_like(p, -0.5 / norm), rtol=1e-6)
 
 
-def test_nothing_to_clip(target):
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_nothing_to_clip(target, norm_type):
     """No gradient, or none with elements."""
     p, empty = param(device=target.device), nn.Parameter(torch.zeros(0, 3, device=target.device))
-    optimizer = target.sgd([p, empty], max_norm=1.0, **ARGUMENTS)
+    optimizer = target.sgd([p, empty], max_norm=1.0, norm_type=norm_type, **ARGUMENTS)
     assert optimizer.grad_norm is None
     before = p.detach().clone()
     optimizer.step()

@@ -96,7 +96,7 @@ def _reduced(x: Tensor, is_max: bool) -> Tensor:
         values = x.to(torch.promote_types(x.dtype, torch.float64)).abs()
         total = (values.amax() if is_max else values.square().sum()) if x.numel() else total
         return total.full_tensor() if hasattr(total, "full_tensor") else total
-    for piece in _split(Entry(x), SUMMED):
+    for piece in _split(Entry(x), SUMMED) if x.numel() else ():
         if is_max:
             total = torch.maximum(total, piece.param.abs().amax().double())
         else:
