@@ -258,6 +258,16 @@ def test_the_norm_of_narrow_gradients_is_that_of_their_values(target, dtype):
     assert ((p.double() - expected).abs() <= roundings * expected.abs() + torch.finfo(dtype).tiny).all()
 
 
+def test_a_norm_beyond_the_range_of_the_gradients(target):
+    """Of finite gradients in fp16, which torch would set to 0 (findings/torch_clip_grad_norm_overflows_in_fp16.sh)."""
+    p = nn.Parameter(torch.zeros(70_000, dtype=torch.float16, device=target.device))
+    p.grad = torch.full_like(p, 300.0)
+    optimizer = target.sgd([p], lr=1.0, max_norm=100.0)
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(300 * math.sqrt(70_000), rel=1e-12)
+    assert torch.allclose(p.float(), torch.full_like(p, -100 / math.sqrt(70_000)).float(), rtol=1e-3)
+
+
 def test_a_step_long_enough_to_release_the_gil(target):
     if target.backend == "triton" and target.device == "cpu":
         pytest.skip("takes Triton's interpreter a second; no lock is released there")
