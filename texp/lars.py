@@ -14,8 +14,8 @@ from texp.torch_internals import disable_dynamo
 class LARS(FusedOptimizer):
     """LARS (You, Gitman and Ginsburg 2017, "Large Batch Training of Convolutional Networks"): SGD with momentum where
     the gradient and the decay of each tensor are multiplied by its trust ratio
-    trust_coeff·‖p‖ / (‖g‖ + weight_decay·‖p‖ + eps), or 1 where a norm is 0. On a GPU a step is a few launches, whatever
-    the number of tensors and groups: sums of squares, rows, and the rows applied.
+    trust_coeff·‖p‖ / (‖g‖ + weight_decay·‖p‖ + eps), or 1 where a norm is 0. On a GPU a step is a few launches,
+    whatever the number of tensors and groups: sums of squares, rows, and the rows applied.
 
     The arguments, their meaning and the state are those of timm.optim.Lars, whose state dicts load, and of
     :class:`texp.SGD`.

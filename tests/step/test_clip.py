@@ -259,7 +259,7 @@ def test_the_norm_of_narrow_gradients_is_that_of_their_values(target, dtype):
 
 
 def test_a_norm_beyond_the_range_of_the_gradients(target):
-    """Of finite gradients in fp16, which torch would set to 0 (findings/torch_clip_grad_norm_overflows_in_fp16.sh)."""
+    """Of finite gradients in fp16; torch sets them to 0 (findings/torch_clip_grad_norm_overflows_in_fp16.sh)."""
     p = nn.Parameter(torch.zeros(70_000, dtype=torch.float16, device=target.device))
     p.grad = torch.full_like(p, 300.0)
     optimizer = target.sgd([p], lr=1.0, max_norm=100.0)
