@@ -122,11 +122,11 @@ def test_a_step_inside_the_check_of_the_same_optimizer(monkeypatch):
     ours, theirs = (run.optimizer for run in runs)
     check, calls = ours._check_fallback, []
 
-    def step_first(left: list) -> None:
+    def step_first(left: list, grad_scale: float) -> None:
         calls.append(left)
         if len(calls) == 1:
             ours.step()
-        check(left)
+        check(left, grad_scale)
 
     monkeypatch.setattr(ours, "_check_fallback", step_first)
     ours.step()

@@ -77,11 +77,11 @@ def test_a_step_inside_the_check_of_another():
     outer = texp.SGD([p, q], lr=0.5)
     of_outer = outer.param_groups, outer._norm_stats, outer.state, 1.0, None
 
-    def check(left):
+    def check(left, grad_scale):
         inner.step()
-        outer._stepper.step(*of_outer, lambda left: None)  # even the same one
+        outer._stepper.step(*of_outer, lambda *_: None, None, None)  # even the same one
 
-    assert outer._stepper.step(*of_outer, check) == core.Stepper.FALLBACK
+    assert outer._stepper.step(*of_outer, check, None, None) == core.Stepper.FALLBACK
     assert torch.equal(p.detach(), torch.zeros(3))
     assert torch.equal(inner_p.detach(), torch.full((3,), 0.5))
 
@@ -215,12 +215,13 @@ def test_tensors_may_be_dropped_while_what_is_left_is_checked():
     optimizer.step()
     state = dict(optimizer.state)
 
-    def drop(left):
+    def drop(left, grad_scale):
         p.grad = q.grad = None
         optimizer.state.clear()
         optimizer.param_groups.clear()
 
-    optimizer._stepper.step(optimizer.param_groups, optimizer._norm_stats, optimizer.state, 1.0, None, drop)
+    stepper, groups = optimizer._stepper, optimizer.param_groups
+    stepper.step(groups, optimizer._norm_stats, optimizer.state, 1.0, None, drop, None, None)
     # The step that was under way goes on with what it had.
     assert torch.allclose(p, torch.tensor(-1 - 1.9))
     assert torch.allclose(state[p]["momentum_buffer"], torch.tensor(1.9))
