@@ -25,6 +25,7 @@ TABLES = {
         ("`texp.SGD`", "texp cpu", "median_us"),
         ("times faster", "texp cpu", "speedup_over_torch_fused"),
         ("in exponential form", "texp cpu exponential", "speedup_over_torch_fused"),
+        ("with clipping", "texp cpu clipped", "speedup_over_torch_fused"),
     ),
     "h100": (
         ("torch fused", "torch fused", "median_us"),
