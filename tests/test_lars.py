@@ -209,6 +209,7 @@ def test_tensors_that_no_kernel_takes(general):
     ("options", "message"),
     [
         ({"lr": -1.0}, "lr must be a finite number of at least 0"),
+        ({"lr": torch.ones(2)}, r"lr must be a number or a tensor of one element, got one of shape \(2,\)"),
         ({"momentum": -1.0}, "momentum must be a finite number of at least 0"),
         ({"trust_coeff": math.nan}, "trust_coeff must be a finite number of at least 0"),
         ({"eps": -1.0}, "eps must be a finite number of at least 0"),
@@ -254,3 +255,41 @@ def test_a_run_goes_on_from_its_state(target):
         second.step(t)
     for p, q in zip(whole.params, second.params, strict=True):
         assert same_bits(p, q)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_options_of_another_optimizer(backend):
+    """LARS keeps its own where SGD has saved none; SGD takes none of LARS, and no group that has them."""
+    p, q = param(), param()
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    lars, sgd = (
+        texp.LARS([p], trust_coeff=0.02, backend=backend, **options),
+        texp.SGD([q], backend=backend, **options),
+    )
+    of_lars = lars.state_dict()
+    lars.load_state_dict(sgd.state_dict())
+    sgd.load_state_dict(of_lars)
+    assert lars.param_groups[0]["trust_coeff"] == 0.02
+    assert sgd.param_groups[0].keys() == torch.optim.SGD([param()]).param_groups[0].keys()
+    with pytest.raises(ValueError, match="trust_coeff is an option of"):
+        sgd.add_param_group({"params": [param()], "trust_coeff": 0.1, "eps": 0.0, "trust_clip": 0, "always_adapt": 0})
+    expected = [param(), param()]
+    peers = Lars([expected[0]], trust_coeff=0.02, **options), torch.optim.SGD([expected[1]], **options)
+    for x in (p, q, *expected):
+        x.grad = torch.ones_like(x)
+    for optimizer in (lars, sgd, *peers):
+        optimizer.step()
+    for x, y in zip((p, q), expected, strict=True):
+        assert relative_error(x, y) < 1e-14
+
+
+def test_an_ordinary_group_that_holds_a_scale(target):
+    """As folding leaves it: P = 1 and κ = 0."""
+    p, q = param(device=target.device), param(device=target.device)
+    optimizer, plain = (lars(target, [x], momentum=0.9, weight_decay=0.1) for x in (p, q))
+    optimizer.param_groups[0].update(scale=1.0, scale_exponent=0, carried_decay=0.0)
+    for _ in range(3):
+        for x, of in ((p, optimizer), (q, plain)):
+            x.grad = torch.full_like(x, 2.0)
+            of.step()
+    assert same_bits(p, q)

@@ -87,8 +87,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"backend={backend!r} was requested, but a differentiable step is torch's own")
         if momentum_dtype not in (None, *_FLOATING):
             raise ValueError(f"momentum_dtype must be None or one of {_FLOATING}, got {momentum_dtype!r}")
-        self._clip = clip
-        self._check_clip(defaults, capturable)
+        self._clip = _checked(clip, defaults, capturable)
         self._backend = backend
         self.capturable = capturable
         self.momentum_dtype = momentum_dtype
@@ -102,6 +101,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raises ValueError if a new group has invalid hyperparameters."""
         hyper = groups.hyperparameters(group).check()
         theory.check_non_negative(lr=hyper.lr)
+        if hyper.trust is not None and not self._needs_sums:
+            raise ValueError("trust_coeff is an option of texp.LARS: with it a group would not be stepped by SGD")
 
     def _set_unfolded(self) -> None:
         self._folded: Folded | None = None  # the exponential form, while the parameters hold θ
@@ -162,20 +163,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @max_norm.setter
     @unwrapped
     def max_norm(self, max_norm: float | None) -> None:
-        before, self._clip = self._clip, replace(self._clip, max_norm=max_norm)
-        try:
-            self._check_clip(self.defaults, self.capturable)
-        except ValueError:
-            self._clip = before
-            raise
-
-    def _check_clip(self, defaults: dict[str, Any], capturable: bool) -> None:
-        if self._clip.limit is not None and defaults["differentiable"]:
-            raise ValueError("a differentiable step cannot clip: it is torch's own")
-        if self._clip.error_if_nonfinite and capturable:
-            raise ValueError(
-                "error_if_nonfinite waits for the device, which a capturable step cannot; skip_nonfinite does not"
-            )
+        self._clip = _checked(replace(self._clip, max_norm=max_norm), self.defaults, self.capturable)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; see torch.optim.Optimizer.add_param_group. As in torch the dict itself becomes the group.
@@ -571,6 +559,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             if isinstance(buf := values.get("momentum_buffer"), groups.AsIs):
                 dtype = buffers.buffer_dtype(param, buf.value, self.momentum_dtype)
                 values["momentum_buffer"] = buf.value.to(param.device, dtype, copy=True)
+
+
+def _checked(clip: Clip, defaults: dict[str, Any], capturable: bool) -> Clip:
+    """The same; raises ValueError where an optimizer cannot clip so."""
+    if clip.limit is not None and defaults["differentiable"]:
+        raise ValueError("a differentiable step cannot clip: it is torch's own")
+    if clip.error_if_nonfinite and capturable:
+        raise ValueError(
+            "error_if_nonfinite waits for the device, which a capturable step cannot; skip_nonfinite does not"
+        )
+    return clip
 
 
 def _tensors(params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor]:

@@ -78,7 +78,8 @@ class SGD(FusedOptimizer):
     The first optimizer builds the C++ core if there is none yet (texp.native), once for this torch and Python.
 
     Raises, before anything is changed: ValueError for hyperparameters that are negative (except the LR of a step),
-    not finite or beyond the range of the arithmetic, and for combinations that torch refuses; RuntimeError for a
+    not finite or beyond the range of the arithmetic, for a max_norm that is negative or NaN, another norm_type, and
+    for combinations that torch refuses or that cannot be; RuntimeError for a norm that is not finite if asked, for a
     backend that is not available, for tensors that cannot be written to (expanded, integer, made in inference mode),
     for momentum buffers that do not fit, and for sparse gradients with weight decay unless the group is
     scale-invariant and without momentum.

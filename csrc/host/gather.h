@@ -313,9 +313,6 @@ class Gather {
     const bool scale_invariant = reader_.flag(options[Key::scale_invariant]);
     const bool on_device = device_ != nullptr;
     if (!on_device && !scale_invariant && stored.P == nullptr) return gather_ordinary(index, options, list);
-    if (options[Key::trust_coeff] != nullptr && (scale_invariant || stored.P != nullptr))
-      throw py::value_error("parameter group " + std::to_string(index) +
-                            ": LARS takes no group in exponential form, whose weights are as large as its schedule says");
     params_.clear();
     bool steps = false, all = true;
     for (PyObject* object : list) {
@@ -338,6 +335,10 @@ class Gather {
     const Scale scale = reader_.scale(stored, index);  // on the device: when it was last on the host
     const bool is_ordinary = !scale_invariant && scale.P == 1 && scale.kappa == 0;
     if (is_ordinary && is_empty) return;
+    if (is_ordinary && !on_device) return gather_ordinary(index, options, list);
+    if (!is_ordinary && options[Key::trust_coeff] != nullptr)
+      throw py::value_error("parameter group " + std::to_string(index) +
+                            ": LARS takes no group in exponential form, whose weights are as large as its schedule says");
     GroupEntry entry{};
     if (on_device) {
       read_hyperparameters(options, index, entry);
@@ -360,9 +361,8 @@ class Gather {
       entry.begin = static_cast<int32_t>(requests.size());
       if (is_empty && has_momentum) started.push_back(group);
     } else {
-      // Ordinary groups have the same rows whether this is their first step or not.
-      update = update_of(reader_.hyperparameters(options, index), scale, without_buffers && !is_ordinary);
-      if (!is_ordinary) rescaled.push_back({stored, update, is_empty && has_momentum});
+      update = update_of(reader_.hyperparameters(options, index), scale, without_buffers);
+      rescaled.push_back({stored, update, is_empty && has_momentum});
     }
 
     for (size_t i = 0; i < params_.size(); ++i) {
@@ -379,7 +379,8 @@ class Gather {
     }
   }
 
-  // With rows on the host, in one pass: no row depends on what comes behind its tensor.
+  // With rows on the host, in one pass: no row depends on what comes behind its tensor, nor on whether this is the
+  // group's first step.
   void gather_ordinary(Py_ssize_t index, const Options& options, std::span<PyObject*> list) {
     bool has_momentum = false, own_rows = false;
     int32_t update = -1;  // until the first gradient: without one the group does not step

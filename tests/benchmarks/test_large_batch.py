@@ -261,7 +261,7 @@ def interrupted_after(steps: int, monkeypatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("optimizer", "amp"), [("texp", "fp16"), ("torch", "off")])
+@pytest.mark.parametrize(("optimizer", "amp"), [("texp", "fp16"), ("torch", "off"), ("lars", "off")])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys, optimizer, amp):
     """In the middle of an epoch of the sweep's second batch size, and again after the end. The factor of the loss in
     fp16 doubles so often that it reaches where steps are skipped."""

@@ -310,6 +310,7 @@ def test_the_norm_is_a_copy(target):
     [
         ({"max_norm": -1.0}, "max_norm must be at least 0, got -1.0"),
         ({"max_norm": math.nan}, "max_norm must be at least 0, got nan"),
+        ({"max_norm": torch.ones(2)}, "max_norm must be a number or a tensor of one element"),
         ({"max_norm": 1.0, "norm_type": 1.0}, "norm_type must be 2 or inf, got 1.0"),
         ({"skip_nonfinite": True, "error_if_nonfinite": True}, "not both"),
         ({"max_norm": 1.0, "differentiable": True}, "a differentiable step cannot clip"),
@@ -318,6 +319,11 @@ def test_the_norm_is_a_copy(target):
 def test_bad_options(arguments, message):
     with pytest.raises(ValueError, match=message):
         texp.SGD([param()], lr=0.1, **arguments)
+
+
+def test_a_max_norm_that_is_text():
+    with pytest.raises(TypeError, match="max_norm must be a number or a tensor of one element, got '1'"):
+        texp.SGD([param()], lr=0.1, max_norm="1")
 
 
 def test_a_bad_max_norm_between_steps():

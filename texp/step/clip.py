@@ -9,6 +9,7 @@ from torch import Tensor
 from texp import theory
 from texp.backends import reference
 from texp.backends.reference import Entry
+from texp.step import groups
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Clip:
 
     def __post_init__(self) -> None:
         leaves_out = self.error_if_nonfinite or self.skip_nonfinite
-        max_norm = math.inf if self.max_norm is None else float(self.max_norm)
+        max_norm = math.inf if self.max_norm is None else groups.number("max_norm", self.max_norm)
         if not max_norm >= 0:
             raise ValueError(f"max_norm must be at least 0, got {self.max_norm}")
         if self.norm_type not in (2, math.inf):

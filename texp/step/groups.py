@@ -17,6 +17,9 @@ from texp.theory import Hyperparameters, Scale, Trust
 # The scale of a group in exponential form: keys and initial values, also in state dicts.
 SCALE_KEYS = {"scale": 1.0, "scale_exponent": 0, "carried_decay": 0.0}
 
+# The options of trust ratios, which groups of texp.LARS have and no others.
+TRUST_KEYS = ("trust_coeff", "eps", "trust_clip", "always_adapt")
+
 # Keys that groups saved by older versions of torch.optim.SGD may lack.
 TORCH_DEFAULTS = {"nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "fused": None}
 
@@ -89,12 +92,14 @@ def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
 
 
 def _trust(group: dict[str, Any]) -> Trust:
-    numbers = (number(key, group[key]) for key in ("trust_coeff", "eps"))
-    return Trust(*numbers, *(bool(group[key]) for key in ("trust_clip", "always_adapt")))
+    numbers = (number(key, group[key]) for key in TRUST_KEYS[:2])
+    return Trust(*numbers, *(bool(group[key]) for key in TRUST_KEYS[2:]))
 
 
 def number(name: str, value: Any) -> float:
-    """A hyperparameter as a float; raises TypeError if it is no number."""
+    """A hyperparameter as a float; raises TypeError if it is no number, ValueError for a tensor of several."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a tensor of one element, got one of shape {tuple(value.shape)}")
     if isinstance(value, Tensor):
         return value.item()
     if not hasattr(value, "__float__"):  # float() would read text
@@ -146,6 +151,11 @@ def prepare_loading(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
         if "scale_invariant" not in saved and is_scale_invariant(group):
             saved.update(SCALE_KEYS, scale_invariant=True)
         saved.pop("norm_stats", None)
+        if "trust_coeff" in optimizer.defaults:
+            saved.update({key: group[key] for key in TRUST_KEYS if key not in saved})
+        elif "trust_coeff" in saved:  # of LARS; a step of SGD must not become one of it
+            for key in TRUST_KEYS:
+                saved.pop(key, None)
         check_scale(saved)
         if optimizer.defaults["differentiable"] and is_exponential(saved):
             raise ValueError(
